@@ -1,0 +1,1 @@
+"""What runs where the data are: the local training loop and Flower's ClientApp around it."""

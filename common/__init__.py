@@ -1,0 +1,1 @@
+"""What clients, strategies and the server share: configuration, data, models, tensors, messages."""

@@ -1,0 +1,304 @@
+"""Adapters: the only caller of PEFT. Builds LoRA on a shared backbone, reads and loads its state.
+
+A model's state is `{name: tensor}`, float32, and exactly what can be trained, under names that do
+not depend on PEFT's version:
+
+- `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r),
+- `head.<task>.<parameter>`, the classification head, which tasks do not share,
+- `<module>.residual.weight` (out, in), a frozen dense delta beside the factors; only strategies
+  that change the base model send one.
+"""
+
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.backbones import PretrainedBackbone, load_backbone, load_base_model
+from common.config import Adapter, Backbone
+from common.copra import group_by_block
+from common.errors import ConfigError
+from common.features import Batch
+from common.lowrank import adapted_modules, factor_names, is_factor
+from common.seeds import torch_generator
+from common.tasks import Kind, LabelledTask
+from common.tensors import Tensors, check_update
+
+_RESIDUAL = ".residual.weight"
+# PEFT has no defaults for vision models; these are its own for the others.
+_DEFAULT_TARGETS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("c_attn",))
+
+
+def residual_name(module: str) -> str:
+    """Return the name of the dense residual of `module`."""
+    return module + _RESIDUAL
+
+
+def is_residual(name: str) -> bool:
+    """Say whether `name` is a dense residual."""
+    return name.endswith(_RESIDUAL)
+
+
+def part_of(name: str) -> str:
+    """Return what a tensor is: `lora_A`, `lora_B`, `head` or `residual`."""
+    return "head" if name.startswith("head.") else name.rsplit(".", 2)[-2]
+
+
+class AdaptedBackbone:
+    """One backbone with LoRA factors of every rank asked for, and a head for every task.
+
+    It is shared by all clients that pass through a process. Nothing of one client can reach the
+    next: `load` demands the complete trainable state and overwrites all of it.
+    """
+
+    def __init__(self, backbone: PretrainedBackbone, adapter: Adapter) -> None:
+        self.backbone = backbone
+        self._adapter = adapter
+        self._targets = _choose_targets(backbone.encoder, adapter)
+        self._layers: dict[str, Any] = {}
+        self._residuals: dict[str, Tensor] = {}
+        # One model, one user at a time: several runs may share this process.
+        self.in_use = threading.RLock()
+        self._rank = 0
+        self._task: LabelledTask | None = None
+        self._check_rank(adapter.server_rank)
+
+    # --- shape of the state --------------------------------------------------------------------
+
+    def shapes(self, rank: int, task: LabelledTask) -> dict[str, torch.Size]:
+        """Return name and shape of every tensor that a model of `rank` and `task` can train."""
+        shapes = {}
+        for module, (out_features, in_features) in self._targets.items():
+            name_B, name_A = factor_names(module)
+            shapes[name_A] = torch.Size((rank, in_features))
+            shapes[name_B] = torch.Size((out_features, rank))
+        for name, parameter in self._head(task).items():
+            shapes[name] = parameter.shape
+        return shapes
+
+    def initial(self, tasks: tuple[LabelledTask, ...], seed: int) -> dict[str, Tensor]:
+        """Return the common start, of the largest rank: A as PEFT draws it, B zero, a fresh head.
+
+        A client of rank r starts from the first r rows of A. Drawn from `seed` alone, so that
+        every process can make the same start.
+        """
+        rank = self._adapter.server_rank
+        state: dict[str, Tensor] = {}
+        for module, (out_features, in_features) in self._targets.items():
+            name_B, name_A = factor_names(module)
+            bound = in_features**-0.5  # Kaiming-uniform with a = √5
+            draw = torch.rand(rank, in_features, generator=torch_generator(seed, "lora_A", module))
+            state[name_A] = (2 * draw - 1) * bound
+            state[name_B] = torch.zeros(out_features, rank)
+        spread = float(getattr(self.backbone.encoder.config, "initializer_range", 0.02))
+        for task in tasks:
+            for name, parameter in self._head(task).items():
+                state[name] = _initial_head(name, parameter.shape, spread, seed)
+        return state
+
+    # --- state in and out ----------------------------------------------------------------------
+
+    def load(self, state: Tensors, rank: int, task: LabelledTask) -> None:
+        """Make `state` the model of `task` at `rank`: all trainable tensors, and residuals if any.
+
+        Raises:
+            UpdateRefusedError: a tensor is missing, unknown, of the wrong shape or not finite.
+        """
+        trainable = {n: t for n, t in state.items() if not is_residual(n)}
+        check_update(trainable, self.shapes(rank, task))
+        self._activate(rank)
+        self._task = task
+        parameters = self.parameters()
+        with torch.no_grad():
+            for name, tensor in trainable.items():
+                parameters[name].copy_(tensor)
+                parameters[name].grad = None
+        self._residuals.clear()
+        for module in self._targets:
+            if (name := residual_name(module)) in state:
+                self._residuals[module] = state[name].to(self.backbone.device, torch.float32)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy, on the CPU, of every trainable tensor of the loaded model."""
+        return {name: p.detach().cpu().clone() for name, p in self.parameters().items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the live trainable parameters of the loaded model, in name order."""
+        if self._task is None:
+            raise RuntimeError("no state has been loaded yet")
+        live: dict[str, nn.Parameter] = {}
+        for module, layer in self._layers.items():
+            name_B, name_A = factor_names(module)
+            live[name_B] = layer.lora_B[_slot(self._rank)].weight
+            live[name_A] = layer.lora_A[_slot(self._rank)].weight
+        live |= self._head(self._task)
+        return dict(sorted(live.items()))
+
+    @property
+    def blocks(self) -> list[list[Any]]:
+        """Return the adapted layers, grouped by transformer block."""
+        return group_by_block(self._layers)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return (n, classes) logits of the loaded model."""
+        output: Tensor = self.module(**batch.inputs).logits
+        return output.float()
+
+    @property
+    def module(self) -> nn.Module:
+        """Return the loaded torch module, for its training and evaluation modes."""
+        if self._task is None:
+            raise RuntimeError("no state has been loaded yet")
+        return self.backbone.classifier(len(self._task.labels))
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _head(self, task: LabelledTask) -> dict[str, nn.Parameter]:
+        model = self.backbone.classifier(len(task.labels))
+        inside = str(model.base_model_prefix) + "."
+        return {
+            f"head.{task.name}.{name}": parameter
+            for name, parameter in model.named_parameters()
+            if not name.startswith(inside)
+        }
+
+    def _check_rank(self, rank: int) -> None:
+        for module, (out_features, in_features) in self._targets.items():
+            if rank > min(out_features, in_features):
+                raise ConfigError(
+                    f"adapter.rank = {rank} is above the size of {module}, which is "
+                    f"{out_features}x{in_features}; choose at most {min(out_features, in_features)}"
+                )
+
+    def _activate(self, rank: int) -> None:
+        if rank == self._rank:
+            return
+        slot = _slot(rank)
+        if not self._layers or slot not in next(iter(self._layers.values())).lora_A:
+            self._inject(rank)
+        for layer in self._layers.values():
+            layer.set_adapter(slot)
+        self._rank = rank
+
+    def _inject(self, rank: int) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        prefix = next(iter(self._targets)).split(".", 1)[0] + "."
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=self._adapter.alpha,
+            use_rslora=self._adapter.rslora,
+            lora_dropout=self._adapter.dropout,
+            target_modules=[module.removeprefix(prefix) for module in self._targets],
+        )
+        # PEFT draws its own start from the global stream; `load` overwrites it.
+        with torch.random.fork_rng():
+            inject_adapter_in_model(config, self.backbone.encoder, adapter_name=_slot(rank))
+        for module in self._targets:
+            layer = self.backbone.encoder.get_submodule(module.removeprefix(prefix))
+            if module not in self._layers:
+                layer.register_forward_hook(self._residual_hook(module))
+            self._layers[module] = layer
+
+    def _residual_hook(self, module: str) -> Any:
+        def add_residual(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            residual = self._residuals.get(module)
+            if residual is None:
+                return output
+            return output + functional.linear(inputs[0], residual.to(inputs[0].dtype))
+
+        return add_residual
+
+
+@functools.lru_cache(maxsize=4)
+def load_adapted_backbone(
+    backbone: Backbone, kind: Kind, adapter: Adapter, device: str
+) -> AdaptedBackbone:
+    """Load a backbone and adapt it, once a process for each adapter configuration."""
+    return AdaptedBackbone(load_backbone(backbone, kind, device), adapter)
+
+
+def at_rank(state: Tensors, rank: int) -> dict[str, Tensor]:
+    """Return a state cut to its first `rank` directions, as a client of that rank starts."""
+    cut = {"lora_A": lambda t: t[:rank], "lora_B": lambda t: t[:, :rank]}
+    return {
+        name: cut[part_of(name)](tensor).contiguous() if is_factor(name) else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _slot(rank: int) -> str:
+    return f"rank{rank}"
+
+
+def _initial_head(name: str, shape: torch.Size, spread: float, seed: int) -> Tensor:
+    if len(shape) >= 2:
+        return spread * torch.randn(shape, generator=torch_generator(seed, name))
+    return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+
+
+def _choose_targets(encoder: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """Return the modules to adapt, by full name, with (out, in) features."""
+    prefix = type(encoder).base_model_prefix
+    linear = {
+        f"{prefix}.{name}".replace(".base_layer", ""): (module.out_features, module.in_features)
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
+    endings = {name.rsplit(".", 1)[-1] for name in linear}
+    wanted = adapter.targets or next(
+        (names for names in _DEFAULT_TARGETS if set(names) <= endings), ()
+    )
+    if not wanted or not set(wanted) <= endings:
+        raise ConfigError(
+            f"adapter.targets = {list(adapter.targets)}: this backbone has linear modules that "
+            f"end in {', '.join(sorted(endings))}; choose among these"
+        )
+    return {name: size for name, size in linear.items() if name.rsplit(".", 1)[-1] in set(wanted)}
+
+
+def export_peft(
+    state: Tensors,
+    backbone: Backbone,
+    adapter: Adapter,
+    task: LabelledTask,
+    folder: Path,
+) -> None:
+    """Write `state` as a standard PEFT folder: `PeftModel.from_pretrained(base, folder)` takes it.
+
+    The base is `AutoModelFor...Classification.from_pretrained(backbone, num_labels=...)`.
+
+    Raises:
+        UpdateRefusedError: the state has not exactly the tensors that PEFT expects.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    base: Any = load_base_model(backbone, task.kind, len(task.labels))
+    base.config.id2label = dict(enumerate(task.labels))
+    base.config.label2id = {label: index for index, label in enumerate(task.labels)}
+    rank = state[factor_names(adapted_modules(state)[0])[1]].shape[0]
+    prefix = f"head.{task.name}."
+    heads = sorted({n.removeprefix(prefix).split(".")[0] for n in state if n.startswith(prefix)})
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=adapter.scale(rank) * (rank**0.5 if adapter.rslora else rank),
+        use_rslora=adapter.rslora,
+        lora_dropout=adapter.dropout,
+        target_modules=adapted_modules(state),
+        modules_to_save=heads or None,
+    )
+    with torch.random.fork_rng():
+        model = get_peft_model(base, config)
+    named = {
+        "base_model.model." + name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if is_factor(name) or name.startswith(prefix)
+    }
+    outcome = set_peft_model_state_dict(model, named)
+    if outcome.unexpected_keys:
+        raise ConfigError(f"PEFT does not know {outcome.unexpected_keys[0]} of this adapter")
+    model.save_pretrained(str(folder))

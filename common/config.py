@@ -1,0 +1,351 @@
+"""The experiment: one frozen, typed object, read from TOML or from Flower's flat run config.
+
+The only reader of experiment files. Everything that can be known to be wrong without loading a
+model or a data set is refused here or in `strategies.resolve`, naming key, value and choices.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import ConfigError
+
+Scalar = str | int | float | bool
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _Source(_Table):
+    """Where something comes from: a shipped `name`, a local `path` or a `hub` id."""
+
+    name: str | None = None
+    path: str | None = None
+    hub: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("name", "path", "hub") if getattr(self, key)]
+        if len(given) != 1:
+            raise ValueError(f"give one of name, path or hub, not {' and '.join(given) or 'none'}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Return what reports call it: the name, or the last part of the path or hub id."""
+        return self.name or Path(self.path or self.hub or "").name.removesuffix(".zip")
+
+
+class TaskSource(_Source):
+    """One task and its columns. `None` for a column means the field's usual name."""
+
+    text_column: str = "text"
+    pair_column: str = "text_pair"
+    image_column: str = "image"
+    label_column: str = "label"
+
+
+class Task(TaskSource):
+    """One task, or several `members` for a by-task federation; and how rows are split.
+
+    `test_fraction` and `validation_fraction` cut a split out of the training rows only where the
+    source has none of its own. `probe_examples` training rows, balanced over classes, stay on the
+    server for strategies that probe; they are set aside for every strategy, so that all compare
+    on the same shards. `limit` keeps that many training rows (0: all).
+    """
+
+    members: tuple[TaskSource, ...] = ()
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    probe_examples: int = Field(512, ge=0)
+    limit: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("name", "path", "hub", "members") if getattr(self, key)]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of name, path, hub or members, not {' and '.join(given) or 'none'}"
+            )
+        labels = [source.label for source in self.sources]
+        if repeated := {label for label in labels if labels.count(label) > 1}:
+            raise ValueError(f"several members are called {sorted(repeated)[0]}")
+        return self
+
+    @property
+    def sources(self) -> tuple[TaskSource, ...]:
+        """Return the members, or the task itself as the only one."""
+        if self.members:
+            return self.members
+        return (TaskSource(**{key: getattr(self, key) for key in TaskSource.model_fields}),)
+
+
+class Partition(_Table):
+    """How the training rows are dealt out to clients."""
+
+    kind: Literal["iid", "dirichlet", "classes", "by-task"] = "iid"
+    clients: int = Field(10, ge=1)
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is more skewed")
+    classes: int = Field(2, ge=1, description="classes a client, for kind = classes")
+    min_examples: int = Field(10, ge=1, description="smallest shard a Dirichlet draw may give")
+
+
+class Backbone(_Source):
+    """The pretrained model."""
+
+    max_length: int = Field(64, ge=1, description="tokens kept of a text")
+
+
+class Adapter(_Table):
+    """The trainable low-rank adapter: `ΔW = s·B·A`, `s = alpha/r`, or `alpha/√r` with rslora."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1)
+    ranks: tuple[int, ...] = Field((), description="one a client, cycled; replaces rank")
+    alpha: float = Field(16.0, gt=0)
+    rslora: bool = False
+    targets: tuple[str, ...] = Field((), description="module name endings; empty: query and value")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    train_head: bool = True
+
+    @model_validator(mode="after")
+    def _positive_ranks(self) -> Self:
+        if any(rank < 1 for rank in self.ranks):
+            raise ValueError(f"ranks = {list(self.ranks)}: every rank must be at least 1")
+        return self
+
+    def rank_of(self, client: int) -> int:
+        """Return the rank of `client`: `ranks`, cycled, or `rank`."""
+        return self.ranks[client % len(self.ranks)] if self.ranks else self.rank
+
+    @property
+    def server_rank(self) -> int:
+        """Return the largest rank that any client may have."""
+        return max(self.ranks, default=self.rank)
+
+    def scale(self, rank: int) -> float:
+        """Return s for an adapter of `rank`."""
+        return float(self.alpha / (rank**0.5 if self.rslora else rank))
+
+
+class Copra(_Table):
+    """Random block dropping with a rising keep probability (CoTo schedule)."""
+
+    enabled: bool = False
+    initial: float = Field(0.1, ge=0, le=1, description="keep probability at the first step")
+    ramp: float = Field(0.75, ge=0, le=1, description="share of all steps until it reaches 1")
+
+
+class Train(_Table):
+    """The local loop of one client in one round: AdamW, started afresh each round."""
+
+    local_steps: int = Field(10, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of each round's local steps")
+    decay: Literal["none", "linear", "cosine"] = Field(
+        "none", description="of the learning rate, over the whole run"
+    )
+    max_grad_norm: float = Field(1.0, gt=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the forward pass; adapters always stay in float32"
+    )
+
+
+class Federation(_Table):
+    """Rounds, cohort, seed and where clients run."""
+
+    rounds: int = Field(8, ge=1)
+    fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
+    seed: int = Field(0, ge=0)
+    workers: int = Field(2, ge=0, description="Ray actors; 0: in this process, without Ray")
+    timeout: float = Field(3600.0, gt=0, description="seconds to wait for a round's replies")
+
+    def cohort_size(self, clients: int) -> int:
+        """Return how many of `clients` take part in a round."""
+        return max(1, round(self.fraction * clients))
+
+
+class Experiment(_Table):
+    """Everything that decides a run. Two equal experiments give the same served tensors."""
+
+    task: Task
+    partition: Partition = Partition()
+    backbone: Backbone
+    adapter: Adapter = Adapter()
+    copra: Copra = Copra()
+    train: Train = Train()
+    federation: Federation = Federation()
+    # `name`, and a table of options a strategy: these belong to `strategies`, which checks them.
+    strategy: Mapping[str, Any] = Field(default_factory=lambda: {"name": "fedavg"})
+
+    @model_validator(mode="after")
+    def _tasks_meet_partition(self) -> Self:
+        by_task, members = self.partition.kind == "by-task", len(self.task.members)
+        if bool(members) != by_task:
+            raise ValueError(
+                "task.members and partition.kind = 'by-task' go together: "
+                f"there are {members} members and the kind is {self.partition.kind!r}"
+            )
+        if members and self.partition.clients % members:
+            raise ValueError(
+                f"partition.clients = {self.partition.clients} is no multiple of the {members} "
+                "members of task: every task has the same number of clients"
+            )
+        return self
+
+    @property
+    def strategy_name(self) -> str:
+        """Return the name of the strategy."""
+        return str(self.strategy["name"])
+
+    @property
+    def total_steps(self) -> int:
+        """Return T, the local steps of a client that takes part in every round."""
+        return self.federation.rounds * self.train.local_steps
+
+    def with_values(self, values: Mapping[str, Any]) -> "Experiment":
+        """Return a copy in which each dotted key of `values` has its new value."""
+        return build_experiment(self.model_dump(mode="json", exclude_defaults=True), values)
+
+
+_SOURCE_KEYS = ("name", "path", "hub", "members")
+
+
+def build_experiment(
+    tables: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, *, origin: str = ""
+) -> Experiment:
+    """Check nested tables, with `overrides` of dotted keys laid over them.
+
+    A new source (`task.path`, say) replaces the one in the file (`task.hub`).
+
+    Raises:
+        ConfigError: naming the first bad key, its value and the choices.
+    """
+    merged = json.loads(json.dumps(tables))
+    for key, value in (overrides or {}).items():
+        _put(merged, key, value)
+    strategy = merged.get("strategy")
+    if strategy is not None and not (isinstance(strategy, dict) and "name" in strategy):
+        raise ConfigError(_at(origin, "strategy", strategy, "a table with the key name"))
+    try:
+        # JSON mode: strict about types, yet arrays may fill tuples.
+        return Experiment.model_validate_json(json.dumps(merged))
+    except ValidationError as error:
+        raise ConfigError(_first_error(error, merged, origin)) from None
+
+
+def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """Read an experiment file.
+
+    Raises:
+        ConfigError: the file is missing, is no TOML, or says something that cannot be meant.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no experiment file {path}")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    return build_experiment(tables, overrides, origin=str(path))
+
+
+def experiment_from_flat(config: Mapping[str, Scalar]) -> Experiment:
+    """Build the experiment from Flower's run config: dotted keys, scalars only.
+
+    Flower refuses a key that `pyproject.toml` does not list, so unused keys are listed as empty
+    strings, which stand for "not given"; a list is written as TOML in a string: `"[2, 4, 8]"`.
+    """
+    given = {key: value for key, value in config.items() if value != ""}
+    parsed = {
+        key: parse_value(value) if isinstance(value, str) and value.startswith("[") else value
+        for key, value in given.items()
+    }
+    return build_experiment({}, parsed, origin="run config")
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Turn `key=value` strings into `{dotted key: value}`; values are TOML, or else plain text."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment}: write key=value, as in federation.rounds=4")
+        values[key.strip()] = parse_value(text.strip())
+    return values
+
+
+def split_alternatives(assignments: Iterable[str]) -> dict[str, list[Any]]:
+    """Turn `key=a,b` strings into `{dotted key: [a, b]}`; a comma in brackets or quotes stays."""
+    given: dict[str, list[Any]] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment}: write key=value, or key=value,value")
+        parts = _OUTER_COMMA.split(text)
+        given.setdefault(key.strip(), []).extend(parse_value(part.strip()) for part in parts)
+    return given
+
+
+# A comma that no bracket or double quote encloses (experiment values nest no deeper than a list).
+_OUTER_COMMA = re.compile(r""",(?=(?:[^"]*"[^"]*")*[^"]*$)(?![^\[]*\])""")
+
+
+def parse_value(text: str) -> Any:
+    """Read `text` as a TOML value; what is none (`fedavg`, `some/folder`) is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(tables: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    table: Any = tables
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{key}: {parent} is a value, not a table")
+    if parents and parents[0] in {"task", "backbone"} and last in _SOURCE_KEYS:
+        for other in _SOURCE_KEYS:
+            table.pop(other, None)
+    table[last] = value
+
+
+def _first_error(error: ValidationError, tables: Mapping[str, Any], origin: str) -> str:
+    details = error.errors()[0]
+    path = [str(part) for part in details["loc"]]
+    key = ".".join(path)
+    if details["type"] == "extra_forbidden":
+        choices = ", ".join(_keys_of(path[:-1]))
+        return _at(origin, key, details["input"], f"an unknown key; the keys here are {choices}")
+    if details["type"] == "missing":
+        return f"{origin + ': ' if origin else ''}{key} is missing"
+    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    if details["type"] == "value_error":
+        return f"{origin + ': ' if origin else ''}{f'[{key}] ' if key else ''}{message}"
+    return _at(origin, key, details["input"], message)
+
+
+def _at(origin: str, key: str, value: Any, problem: str) -> str:
+    shown = json.dumps(value, ensure_ascii=False)
+    return f"{origin + ': ' if origin else ''}{key} = {shown}: {problem}"
+
+
+def _keys_of(path: list[str]) -> list[str]:
+    table: Any = Experiment
+    for part in path:
+        if part.isdigit():
+            table = TaskSource
+            continue
+        table = table.model_fields[part].annotation
+    return list(table.model_fields)

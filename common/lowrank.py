@@ -1,0 +1,129 @@
+"""Factored algebra of adapter deltas `ΔW = s·B·A`, never forming a full matrix.
+
+Shapes: B is (m, r), A is (r, n), ΔW is (m, n). Everything is computed in float64: at rank r the
+cost is a few per cent of a training step, and rounding then never decides a merge.
+Source: copra-merge specification, section 7.1; Eckart-Young for the optimality of truncation.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.tensors import Tensors
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def factor_names(module: str) -> tuple[str, str]:
+    """Return the names of (B, A) of `module` in a `{name: tensor}` state."""
+    return module + _B, module + _A
+
+
+def adapted_modules(tensors: Iterable[str]) -> list[str]:
+    """Return the modules that hold LoRA factors, sorted by name."""
+    return sorted({name.removesuffix(_B) for name in tensors if name.endswith(_B)})
+
+
+def is_factor(name: str) -> bool:
+    """Say whether `name` is a LoRA factor (and not a head, say)."""
+    return name.endswith((_A, _B))
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product `B·A` of a sum of low-rank matrices: B (m, r), A (r, n)."""
+
+    B: Tensor
+    A: Tensor
+
+    @classmethod
+    def of(cls, tensors: Tensors, module: str) -> "Term":
+        """Read the factors of `module` from a state."""
+        name_B, name_A = factor_names(module)
+        return cls(tensors[name_B], tensors[name_A])
+
+    @classmethod
+    def dense(cls, matrix: Tensor) -> "Term":
+        """Write a full (m, n) matrix as a term of rank n; for controls and small models."""
+        return cls(matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype))
+
+    @property
+    def rank(self) -> int:
+        """Return r, the inner dimension."""
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class SVD:
+    """A factored matrix `U·diag(S)·Vᵀ`: U (m, k), S (k,) descending, V (n, k), all float64."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def truncated(self, rank: int) -> "SVD":
+        """Return the best approximation of rank at most `rank` (Eckart-Young)."""
+        return SVD(self.U[:, :rank], self.S[:rank], self.V[:, :rank])
+
+    def kept_energy(self, rank: int) -> float:
+        """Return the share of the squared Frobenius norm in the first `rank` directions."""
+        total = float(self.S.square().sum())
+        return float(self.S[:rank].square().sum()) / total if total > 0 else 1.0
+
+    def dense(self) -> Tensor:
+        """Return the full (m, n) matrix; for oracles and tests."""
+        return (self.U * self.S) @ self.V.T
+
+
+class Span:
+    """The common column and row space of several terms.
+
+    One QR of the stacked factors serves every coefficient vector: with `[B_j] = Q_P·T_P` and
+    `[A_jᵀ] = Q_Q·T_Q`, the sum `Σ_j B_j·diag(c_j)·A_j` is `Q_P·C(c)·Q_Qᵀ` with the small core
+    `C(c) = Σ_j T_P,j·diag(c_j)·T_Q,jᵀ`.
+    """
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        if not terms:
+            raise ValueError("a span needs at least one term")
+        self._ranks = [term.rank for term in terms]
+        self._Q_P, T_P = torch.linalg.qr(torch.cat([t.B.double() for t in terms], dim=1))
+        self._Q_Q, T_Q = torch.linalg.qr(torch.cat([t.A.double().T for t in terms], dim=1))
+        self._T_P = T_P.split(self._ranks, dim=1)
+        self._T_Q = T_Q.split(self._ranks, dim=1)
+
+    def core(self, coefficients: Sequence[float | Tensor]) -> Tensor:
+        """Return `C(c)`; a coefficient is a number, or a (r_j,) tensor: one for each direction."""
+        core = torch.zeros(self._Q_P.shape[1], self._Q_Q.shape[1], dtype=torch.float64)
+        for c, T_P, T_Q in zip(coefficients, self._T_P, self._T_Q, strict=True):
+            core += (T_P * c) @ T_Q.T
+        return core
+
+    def svd(self, coefficients: Sequence[float | Tensor]) -> SVD:
+        """Return the exact SVD of `Σ_j B_j·diag(c_j)·A_j`.
+
+        The entry of largest magnitude of every left singular vector is positive, so that the same
+        matrix always gives the same factors.
+        """
+        X, S, Yh = torch.linalg.svd(self.core(coefficients), full_matrices=False)
+        U, V = self._Q_P @ X, self._Q_Q @ Yh.T
+        largest = U.abs().argmax(dim=0, keepdim=True)
+        signs = torch.where(U.gather(0, largest) < 0, -1.0, 1.0)
+        return SVD(U * signs, S, V * signs)
+
+    def norm(self, coefficients: Sequence[float | Tensor]) -> float:
+        """Return the Frobenius norm of `Σ_j B_j·diag(c_j)·A_j`."""
+        return float(torch.linalg.matrix_norm(self.core(coefficients)))
+
+
+def balanced_factors(svd: SVD, scale: float) -> Term:
+    """Split an SVD evenly into (B, A) with `scale·B·A = U·S·Vᵀ` and `BᵀB = AAᵀ` (γ = ½)."""
+    root = (svd.S / scale).sqrt()
+    return Term(svd.U * root, root[:, None] * svd.V.T)
+
+
+def orthonormal_factors(svd: SVD, scale: float) -> Term:
+    """Put the singular values into B and leave A with orthonormal rows: `scale·B·A = U·S·Vᵀ`."""
+    return Term(svd.U * (svd.S / scale), svd.V.T.clone())

@@ -1,0 +1,29 @@
+"""What a model is judged by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracy (0 to 1) and mean cross-entropy (nats an example); `tasks` if there are several."""
+
+    accuracy: float
+    loss: float
+    tasks: Mapping[str, "Scores"] = field(default_factory=dict)
+
+    def as_record(self) -> dict[str, Any]:
+        """Return a plain dict; `tasks` only where there are several."""
+        record = asdict(self)
+        if not self.tasks:
+            del record["tasks"]
+        for scores in record.get("tasks", {}).values():
+            del scores["tasks"]
+        return record
+
+
+def mean_scores(scores: Sequence[Scores]) -> Scores:
+    """Return the unweighted mean."""
+    n = len(scores)
+    return Scores(sum(s.accuracy for s in scores) / n, sum(s.loss for s in scores) / n)

@@ -1,0 +1,117 @@
+"""Shards: which training rows each client holds.
+
+`(task, partition, seed)` decides every client's rows, and every client recomputes its own: nothing
+is sent. The draws are those of flwr-datasets' partitioners.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import Partition, Task
+from common.errors import DataError
+from common.seeds import child_seed, numpy_generator
+from common.tasks import LabelledTask, load_tasks
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A client's part: rows (n,) of the training split of `task`."""
+
+    client: int
+    task: LabelledTask
+    rows: Rows
+
+    @property
+    def label_counts(self) -> list[int]:
+        """Return how many rows of each label the client holds."""
+        labels = self.task.train.labels[self.rows]
+        return [int(n) for n in np.bincount(labels, minlength=len(self.task.labels))]
+
+
+@functools.lru_cache(maxsize=16)
+def deal_shards(task: Task, partition: Partition, seed: int) -> tuple[Shard, ...]:
+    """Return the shard of every client, in client order. Shards are disjoint.
+
+    In a by-task partition client `k` holds an IID part of member `k mod members`.
+
+    Raises:
+        DataError: a client would be left with no rows, or fewer than `min_examples`.
+    """
+    tasks = load_tasks(task)
+    each = partition.clients // len(tasks)
+    shards: list[Shard | None] = [None] * partition.clients
+    for index, member in enumerate(tasks):
+        dealt = _deal(member.train.labels, partition, each, child_seed(seed, "shards", index))
+        for turn, rows in enumerate(dealt):
+            client = turn * len(tasks) + index
+            if not len(rows):
+                raise DataError(
+                    f"client {client} would hold an empty shard: {len(member.train)} training "
+                    f"rows of task {member.name} among {each} clients; lower partition.clients"
+                )
+            shards[client] = Shard(client, member, np.sort(rows))
+    return tuple(shard for shard in shards if shard is not None)
+
+
+def _deal(labels: Rows, partition: Partition, clients: int, seed: int) -> list[Rows]:
+    from datasets import Dataset
+
+    # Shuffled here, since some partitioners deal contiguous rows.
+    order = numpy_generator(seed, "order").permutation(len(labels))
+    partitioner = _PARTITIONERS[partition.kind](partition, clients, seed % 2**32)
+    partitioner.dataset = Dataset.from_dict({"row": order, "label": labels[order]})
+    try:
+        parts = [partitioner.load_partition(client) for client in range(clients)]
+    except ValueError as error:
+        raise DataError(
+            f"partition.kind = {partition.kind!r} cannot deal {len(labels)} rows to {clients} "
+            f"clients: {str(error).splitlines()[0]}"
+        ) from None
+    return [np.asarray(part["row"], dtype=np.int64) for part in parts]
+
+
+def _iid(partition: Partition, clients: int, seed: int) -> Any:
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return IidPartitioner(num_partitions=clients)
+
+
+def _dirichlet(partition: Partition, clients: int, seed: int) -> Any:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    return DirichletPartitioner(
+        num_partitions=clients,
+        partition_by="label",
+        alpha=partition.alpha,
+        min_partition_size=partition.min_examples,
+        self_balancing=False,
+        seed=seed,
+    )
+
+
+def _classes(partition: Partition, clients: int, seed: int) -> Any:
+    from flwr_datasets.partitioner import PathologicalPartitioner
+
+    return PathologicalPartitioner(
+        num_partitions=clients,
+        partition_by="label",
+        num_classes_per_partition=partition.classes,
+        class_assignment_mode="deterministic",
+        shuffle=True,
+        seed=seed,
+    )
+
+
+_PARTITIONERS: Mapping[str, Callable[[Partition, int, int], Any]] = {
+    "iid": _iid,
+    "by-task": _iid,
+    "dirichlet": _dirichlet,
+    "classes": _classes,
+}

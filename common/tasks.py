@@ -1,0 +1,379 @@
+"""Tasks: labelled rows from a shipped source, a local folder or zip, or a hub data set.
+
+A task is data only. What a source must offer is one function `TaskSource -> SourceRows`; splitting,
+the server's probe set and every check are done once, here, for all of them. Rows are split by the
+task's name alone, so every seed and every strategy is judged on the same test rows.
+"""
+
+import functools
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.config import Task, TaskSource
+from common.errors import ConfigError, DataError
+from common.installed_text import INSTALLED_TEXT
+from common.seeds import numpy_generator
+
+Kind = Literal["text", "image"]
+TextInput = tuple[str, ...]  # one text, or a pair
+ImageInput = Image.Image | Path | bytes  # a picture, or the file or the bytes that hold one
+
+
+class Split(NamedTuple):
+    """Rows of one split: `inputs` (n,) and `labels` (n,), int64 indices into the label list."""
+
+    inputs: Sequence[Any]  # of `TextInput` or of `ImageInput`
+    labels: NDArray[np.int64]
+
+    def select(self, rows: NDArray[np.int64]) -> "Split":
+        """Return the rows at these positions, in this order."""
+        return Split([self.inputs[row] for row in rows], self.labels[rows])
+
+    def __len__(self) -> int:
+        """Return the number of rows (not of fields)."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """What a source offers: its own splits, before anything is cut out of them."""
+
+    kind: Kind
+    labels: tuple[str, ...]
+    splits: Mapping[str, Split]
+
+
+@dataclass(frozen=True)
+class LabelledTask:
+    """A task ready for use; its four splits share no row."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    train: Split
+    validation: Split
+    probe: Split
+    test: Split
+
+
+def load_tasks(config: Task) -> tuple[LabelledTask, ...]:
+    """Load every task of the experiment, once a process.
+
+    Raises:
+        ConfigError: an unknown task name, or a folder that is not there.
+        DataError: rows that cannot be used; the message names the file and the row.
+    """
+    return tuple(_load(source, config) for source in config.sources)
+
+
+@functools.lru_cache(maxsize=16)
+def _load(source: TaskSource, config: Task) -> LabelledTask:
+    rows = _read(source)
+    name = source.label
+    train, validation, test = _cut(name, rows, config)
+    if config.limit:
+        train = train.select(_shuffled(len(train), name, "limit")[: config.limit])
+    probe_rows = _balanced(train.labels, config.probe_examples // len(config.sources), name)
+    kept = np.setdiff1d(np.arange(len(train)), probe_rows)
+    return LabelledTask(
+        name, rows.kind, rows.labels, train.select(kept), validation, train.select(probe_rows), test
+    )
+
+
+def _read(source: TaskSource) -> SourceRows:
+    if source.name:
+        if source.name not in SHIPPED_TASKS:
+            raise ConfigError(
+                f"task.name = {source.name!r}: unknown; choose from {', '.join(SHIPPED_TASKS)}, "
+                "or give task.path or task.hub"
+            )
+        return SHIPPED_TASKS[source.name].read()
+    if source.path:
+        return _read_path(Path(source.path).expanduser(), source)
+    return _read_hub(source)
+
+
+def _cut(name: str, rows: SourceRows, config: Task) -> tuple[Split, Split, Split]:
+    """Return train, validation and test; a split that the source lacks is cut from its training."""
+    train = rows.splits["train"]
+    order = _shuffled(len(train), name, "split")
+    n_test = 0 if "test" in rows.splits else round(config.test_fraction * len(train))
+    n_validation = 0
+    if "validation" not in rows.splits:
+        n_validation = round(config.validation_fraction * len(train))
+    parts = np.split(order, [n_test, n_test + n_validation])
+    cut_test, cut_validation, remaining = (train.select(np.sort(part)) for part in parts)
+    test = rows.splits.get("test", cut_test)
+    if not len(remaining) or not len(test):
+        raise DataError(f"task {name}: {len(train)} training rows are too few to split")
+    return remaining, rows.splits.get("validation", cut_validation), test
+
+
+def _shuffled(n: int, *stream: str) -> NDArray[np.int64]:
+    return numpy_generator(0, "task", *stream).permutation(n)
+
+
+def _balanced(labels: NDArray[np.int64], n: int, name: str) -> NDArray[np.int64]:
+    """Choose `n` rows, as equal in class as possible, and never more than half of a class."""
+    shuffled = [
+        np.flatnonzero(labels == label)[_shuffled(int((labels == label).sum()), name, "probe")]
+        for label in np.unique(labels)
+    ]
+    halves = [rows[: len(rows) // 2] for rows in shuffled]
+    if sum(map(len, halves)) < n:
+        raise DataError(
+            f"task {name}: task.probe_examples asks for {n} rows, but half of its training rows "
+            f"of every class are only {sum(map(len, halves))}; lower it or set it to 0"
+        )
+    # Turn by turn, one row of every class in random order, so that a prefix is balanced as well.
+    generator = numpy_generator(0, "task", name, "turns")
+    turns = [
+        halves[label][turn]
+        for turn in range(max(map(len, halves), default=0))
+        for label in generator.permutation(len(halves))
+        if turn < len(halves[label])
+    ]
+    return np.array(turns[:n], dtype=np.int64)
+
+
+# --- shipped -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShippedTask:
+    """A row of `fedcopra list tasks`."""
+
+    summary: str
+    read: Callable[[], SourceRows]
+
+
+def _digits() -> SourceRows:
+    """Return scikit-learn's 1,797 scanned digits, 8x8, enlarged to 20x20 in a 28x28 frame."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pictures = []
+    for pixels in digits.images:
+        frame = Image.new("L", (28, 28))
+        scan = Image.fromarray((pixels * (255 / 16)).astype(np.uint8))
+        frame.paste(scan.resize((20, 20), Image.Resampling.BILINEAR), (4, 4))
+        pictures.append(frame)
+    labels = tuple(str(digit) for digit in range(10))
+    return SourceRows("image", labels, {"train": Split(pictures, digits.target.astype(np.int64))})
+
+
+def _installed_text(name: str) -> Callable[[], SourceRows]:
+    def read() -> SourceRows:
+        rows = INSTALLED_TEXT[name]()
+        columns = [rows.text] if rows.text_pair is None else [rows.text, rows.text_pair]
+        inputs: list[TextInput] = list(zip(*columns, strict=True))
+        split = Split(inputs, np.array(rows.label, dtype=np.int64))
+        return SourceRows("text", rows.labels, {"train": split})
+
+    return read
+
+
+SHIPPED_TASKS: Mapping[str, ShippedTask] = {
+    "digits": ShippedTask("image: 1,797 scanned digits of scikit-learn, 10 classes", _digits),
+    "docstrings": ShippedTask(
+        "text: which installed library a docstring's summary comes from",
+        _installed_text("docstrings"),
+    ),
+    "docstring-kinds": ShippedTask(
+        "text: does a docstring's summary describe a class, a function, a method or a module",
+        _installed_text("docstring-kinds"),
+    ),
+    "error-messages": ShippedTask(
+        "text: which type of exception is raised with this message",
+        _installed_text("error-messages"),
+    ),
+    "name-matches-summary": ShippedTask(
+        "text pair: does this function name belong to this docstring's summary",
+        _installed_text("name-matches-summary"),
+    ),
+}
+
+# --- local folders and zips --------------------------------------------------------------------
+
+_SPLITS = ("train", "validation", "test")
+_TABLES = (".jsonl", ".csv", ".parquet")
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+_EXPECTED = (
+    "expected train.jsonl, train.csv or train.parquet (text), or train/<class>/<picture>, "
+    "as a folder or a zip (images)"
+)
+
+
+def _read_path(path: Path, source: TaskSource) -> SourceRows:
+    if not path.exists():
+        raise ConfigError(f"task.path = {str(path)!r}: there is no such folder or file")
+    tables = {
+        split: path / (split + ending)
+        for split in _SPLITS
+        for ending in _TABLES
+        if (path / (split + ending)).is_file()
+    }
+    if "train" in tables:
+        return _text_rows(path, source, {s: _read_table(file) for s, file in tables.items()})
+    pictures = _zipped_pictures(path) if zipfile.is_zipfile(path) else _folder_pictures(path)
+    if "train" not in pictures:
+        raise DataError(f"task.path = {str(path)!r}: {_EXPECTED}")
+    return _image_rows(path, pictures)
+
+
+def _read_table(file: Path) -> dict[str, list[Any]]:
+    import pandas as pd
+
+    readers: dict[str, Callable[[], Any]] = {
+        ".jsonl": lambda: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
+        ".csv": lambda: pd.read_csv(file),
+        ".parquet": lambda: pd.read_parquet(file),
+    }
+    try:
+        table = readers[file.suffix]()
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    if table.empty:
+        raise DataError(f"{file} holds no rows")
+    return {str(column): table[column].tolist() for column in table.columns}
+
+
+def _text_rows(
+    origin: Path | str, source: TaskSource, columns: Mapping[str, Mapping[str, list[Any]]]
+) -> SourceRows:
+    for split, table in columns.items():
+        for wanted in (source.text_column, source.label_column):
+            if wanted not in table:
+                raise DataError(
+                    f"{origin}, split {split}: there is no column {wanted!r}; the columns are "
+                    f"{', '.join(table)} (task.text_column and task.label_column choose others)"
+                )
+    labels = _label_list(origin, source.label_column, columns)
+    splits = {}
+    for split, table in columns.items():
+        texts = [source.text_column, source.pair_column]
+        inputs = list(zip(*(table[name] for name in texts if name in table), strict=True))
+        for row, parts in enumerate(inputs):
+            if not all(isinstance(part, str) for part in parts):
+                raise DataError(f"{origin}, split {split}, row {row}: {parts!r} is not text")
+        indices = _label_indices(f"{origin}, split {split}", table[source.label_column], labels)
+        splits[split] = Split(inputs, indices)
+    return SourceRows("text", labels, splits)
+
+
+def _label_list(
+    origin: Path | str, column: str, columns: Mapping[str, Mapping[str, list[Any]]]
+) -> tuple[str, ...]:
+    """Return the names in `labels.json`, or else every label that occurs in training, sorted."""
+    names = Path(origin) / "labels.json"
+    if names.is_file():
+        return tuple(str(name) for name in json.loads(names.read_text(encoding="utf-8")))
+    seen = set(columns["train"][column])
+    if all(isinstance(label, int) for label in seen):
+        return tuple(str(label) for label in range(max(seen) + 1))
+    return tuple(sorted(map(str, seen)))
+
+
+def _label_indices(place: str, given: Sequence[Any], labels: tuple[str, ...]) -> NDArray[np.int64]:
+    by_name = {name: index for index, name in enumerate(labels)}
+    indices = np.empty(len(given), dtype=np.int64)
+    for row, label in enumerate(given):
+        index = label if isinstance(label, int) else by_name.get(str(label), -1)
+        if not 0 <= index < len(labels):
+            shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+            raise DataError(
+                f"{place}, row {row}: label {label!r} is outside the list of {len(labels)} "
+                f"labels ({shown})"
+            )
+        indices[row] = index
+    return indices
+
+
+_Pictures = dict[str, list[tuple[str, Path | bytes]]]  # split -> (class, picture)
+
+
+def _folder_pictures(path: Path) -> _Pictures:
+    found: _Pictures = {}
+    for file in sorted(path.glob("*/*/*")):
+        split, label = file.parts[-3:-1]
+        if split in _SPLITS and file.suffix.lower() in _PICTURES:
+            found.setdefault(split, []).append((label, file))
+    return found
+
+
+def _zipped_pictures(path: Path) -> _Pictures:
+    found: _Pictures = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            *_, split, label, file = ("", "", *Path(name).parts)
+            if split in _SPLITS and Path(file).suffix.lower() in _PICTURES:
+                found.setdefault(split, []).append((label, archive.read(name)))
+    return found
+
+
+def _image_rows(path: Path, pictures: _Pictures) -> SourceRows:
+    labels = tuple(sorted({label for label, _ in pictures["train"]}))
+    splits = {
+        split: Split(
+            [picture for _, picture in rows],
+            _label_indices(f"{path}, split {split}", [label for label, _ in rows], labels),
+        )
+        for split, rows in pictures.items()
+    }
+    return SourceRows("image", labels, splits)
+
+
+def open_picture(picture: ImageInput) -> Image.Image:
+    """Decode one picture."""
+    if isinstance(picture, Image.Image):
+        return picture
+    return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+
+
+# --- hub ---------------------------------------------------------------------------------------
+
+
+def _read_hub(source: TaskSource) -> SourceRows:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        data = load_dataset(source.hub)
+    except (DatasetNotFoundError, ConnectionError, OSError) as error:
+        raise DataError(
+            f"task.hub = {source.hub!r} cannot be loaded ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); for a local copy: --set task.path=FOLDER"
+        ) from None
+    if "train" not in data:
+        raise DataError(f"task.hub = {source.hub!r} has no train split, only {', '.join(data)}")
+    columns = {split: data[split].to_dict() for split in _SPLITS if split in data}
+    features = data["train"].features
+    if source.image_column in features:
+        return _hub_images(source, data)
+    rows = _text_rows(source.hub or "", source, columns)
+    names = getattr(features[source.label_column], "names", None)
+    return SourceRows("text", tuple(names), rows.splits) if names else rows
+
+
+def _hub_images(source: TaskSource, data: Any) -> SourceRows:
+    names = getattr(data["train"].features[source.label_column], "names", None)
+    counted = range(max(data["train"][source.label_column]) + 1)
+    labels = tuple(names or map(str, counted))
+    splits = {
+        split: Split(
+            data[split][source.image_column],
+            _label_indices(f"{source.hub}, {split}", data[split][source.label_column], labels),
+        )
+        for split in _SPLITS
+        if split in data
+    }
+    return SourceRows("image", labels, splits)

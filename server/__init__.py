@@ -1,0 +1,1 @@
+"""What runs in the middle: rounds, evaluation, records, reports and the command line."""

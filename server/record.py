@@ -1,0 +1,137 @@
+"""Records: all that decided a run and all that happened, in one folder of plain files.
+
+A run's folder holds `record.json`, `served.safetensors` and `report.html`. It appears whole or
+not at all.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.config import Experiment
+from common.errors import ConfigError, DataError
+from common.shards import deal_shards
+from server.environment import describe_environment
+from server.simulation import Finished
+from strategies import STRATEGIES
+from strategies.base import Served
+
+FORMAT = 1
+RECORD, SERVED, REPORT = "record.json", "served.safetensors", "report.html"
+
+
+def build_record(finished: Finished, label: str) -> dict[str, Any]:
+    """Return the record of a run; `label` is what reports call its method, without the seed."""
+    experiment, outcomes = finished.experiment, finished.outcomes
+    method = STRATEGIES[experiment.strategy_name]
+    device = finished.evaluator.model.backbone.device
+    return {
+        "format": FORMAT,
+        "label": label,
+        "seed": experiment.federation.seed,
+        "experiment": experiment.model_dump(mode="json"),
+        "strategy": {
+            "name": experiment.strategy_name,
+            "summary": method.summary,
+            "citation": method.citation,
+            "control": method.control,
+        },
+        "environment": describe_environment(str(device)),
+        "task": _describe_task(finished),
+        "start": outcomes.start.as_record(),
+        "digest": outcomes.digest,
+        "rounds": outcomes.rounds,
+        "final": {
+            key: outcomes.rounds[-1][key]
+            for key in ("accuracy", "loss", "tasks")
+            if key in outcomes.rounds[-1]
+        },
+    }
+
+
+def _describe_task(finished: Finished) -> dict[str, Any]:
+    experiment, tasks = finished.experiment, finished.evaluator.tasks
+    shards = deal_shards(experiment.task, experiment.partition, experiment.federation.seed)
+    return {
+        "name": " + ".join(task.name for task in tasks),
+        "kind": tasks[0].kind,
+        "metric": "accuracy",
+        "tasks": [task.name for task in tasks],
+        "labels": list(tasks[0].labels) if len(tasks) == 1 else None,
+        "sizes": {
+            split: sum(len(getattr(task, split)) for task in tasks)
+            for split in ("train", "validation", "probe", "test")
+        },
+        "clients": [
+            {
+                "client": shard.client,
+                "num_examples": len(shard.rows),
+                "task": shard.task.name,
+                "rank": experiment.adapter.rank_of(shard.client),
+                "label_counts": shard.label_counts,
+            }
+            for shard in shards
+        ],
+    }
+
+
+def write_run(folder: Path, record: Mapping[str, Any], served: Sequence[Served]) -> None:
+    """Write record and served tensors into `folder`, which must exist."""
+    write_json(folder / RECORD, record)
+    tensors = {
+        (f"model.{index}/" if len(served) > 1 else "") + name: tensor
+        for index, model in enumerate(served)
+        for name, tensor in model.tensors.items()
+    }
+    save_file(tensors, folder / SERVED)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON that a person can read; NaN is refused, since JSON has none."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], Experiment, dict[str, Tensor]]:
+    """Return record, experiment and served tensors of a run.
+
+    Raises:
+        ConfigError: there is no run in the folder.
+        DataError: the record cannot be read.
+    """
+    if not (folder / RECORD).is_file():
+        raise ConfigError(f"{folder} is no run: there is no {RECORD} in it")
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        experiment = Experiment.model_validate_json(json.dumps(record["experiment"]))
+        return record, experiment, load_file(folder / SERVED)
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(f"{folder} cannot be read: {error!r}") from None
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise `ConfigError` if `folder` exists: a run never overwrites another."""
+    if folder.exists():
+        raise ConfigError(f"{folder} exists; remove it, or say --out OTHER_FOLDER")
+
+
+@contextmanager
+def appearing_whole(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes `folder` only if all goes well."""
+    refuse_existing(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

@@ -1,0 +1,158 @@
+"""Aggregation strategies: how the server turns clients' updates into the next model.
+
+`STRATEGIES` is the whole list. `resolve` turns an experiment into a strategy, or says why not.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from common.config import Experiment
+from common.errors import ConfigError
+from common.seeds import child_seed
+from strategies.base import Options, Setting, Strategy
+from strategies.controls import ControlOptions, centralised, dense_oracle, local_only
+from strategies.copra_merge import CopraMergeOptions, copra_merge
+from strategies.fedavg import FedAvgOptions, fedavg
+from strategies.ffa_lora import FFALoRAOptions, ffa_lora
+from strategies.flexlora import FlexLoRAOptions, flexlora
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: how a strategy is built, what it says of itself, and what it can do."""
+
+    build: Callable[[Any, Setting], Strategy]
+    options: type[Options]
+    summary: str
+    citation: str
+    unequal_ranks: bool = False
+    by_task: bool = True
+    control: bool = False
+
+
+STRATEGIES: Mapping[str, Method] = {
+    "fedavg": Method(
+        fedavg,
+        FedAvgOptions,
+        "averages the factors A and B apart",
+        "arXiv 1602.05629, 2305.05644",
+    ),
+    "ffa-lora": Method(
+        ffa_lora,
+        FFALoRAOptions,
+        "freezes A, averages B: exact at half the bytes",
+        "arXiv 2403.12313",
+    ),
+    "flexlora": Method(
+        flexlora,
+        FlexLoRAOptions,
+        "averages the deltas BA, then SVD to each client's rank",
+        "arXiv 2402.11505",
+        unequal_ranks=True,
+    ),
+    "copra-merge": Method(
+        copra_merge,
+        CopraMergeOptions,
+        "averages increments of BA, then SVD; a probe set may veto a client",
+        "ours, after arXiv 2410.22911",
+        unequal_ranks=True,
+    ),
+    "local-only": Method(
+        local_only,
+        ControlOptions,
+        "control: every client trains alone",
+        "",
+        unequal_ranks=True,
+        control=True,
+    ),
+    "centralised": Method(
+        centralised,
+        ControlOptions,
+        "control: one model on the pooled data",
+        "",
+        by_task=False,
+        control=True,
+    ),
+    "dense-oracle": Method(
+        dense_oracle,
+        ControlOptions,
+        "control: the exact mean of the deltas, dense and in float64",
+        "",
+        control=True,
+    ),
+}
+
+
+def resolve(experiment: Experiment) -> Strategy:
+    """Build the experiment's strategy.
+
+    Raises:
+        ConfigError: an unknown strategy or option, or a strategy that cannot do what is asked.
+    """
+    name = experiment.strategy_name
+    if name not in STRATEGIES:
+        raise ConfigError(f"strategy.name = {name!r}: unknown; choose from {', '.join(STRATEGIES)}")
+    method = STRATEGIES[name]
+    options = _options(experiment, name)
+    _refuse_impossible(experiment, name, method)
+    strategy = method.build(options, setting_of(experiment))
+    if strategy.probe_examples > experiment.task.probe_examples:
+        raise ConfigError(
+            f"strategy.{name}.probe_examples = {strategy.probe_examples}: the server keeps only "
+            f"task.probe_examples = {experiment.task.probe_examples}; raise that or lower this"
+        )
+    return strategy
+
+
+def setting_of(experiment: Experiment) -> Setting:
+    """Return what methods may know of the run."""
+    adapter = experiment.adapter
+    seed = child_seed(experiment.federation.seed, "strategy")
+    return Setting(adapter.server_rank, adapter.scale, seed)
+
+
+def _options(experiment: Experiment, name: str) -> Options:
+    chosen: Options | None = None
+    for table, values in experiment.strategy.items():
+        if table == "name":
+            continue
+        if table not in STRATEGIES:
+            raise ConfigError(
+                f"strategy.{table}: neither the key name nor a strategy; "
+                f"strategies are {', '.join(STRATEGIES)}"
+            )
+        checked = _checked(table, values)
+        chosen = checked if table == name else chosen
+    return chosen or STRATEGIES[name].options()
+
+
+def _checked(name: str, values: Any) -> Options:
+    options = STRATEGIES[name].options
+    try:
+        return options.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["strategy", name, *map(str, first["loc"])])
+        choices = ", ".join(options.model_fields) or "none"
+        raise ConfigError(
+            f"{key} = {first['input']!r}: {first['msg']}; the options here are {choices}"
+        ) from None
+
+
+def _refuse_impossible(experiment: Experiment, name: str, method: Method) -> None:
+    unequal = len(set(experiment.adapter.ranks)) > 1
+    if unequal and not method.unequal_ranks:
+        able = ", ".join(key for key, other in STRATEGIES.items() if other.unequal_ranks)
+        raise ConfigError(
+            f"adapter.ranks = {list(experiment.adapter.ranks)}: strategy {name} needs one rank for "
+            f"all clients; with unequal ranks choose from {able}"
+        )
+    if experiment.task.members and not method.by_task:
+        able = ", ".join(key for key, other in STRATEGIES.items() if other.by_task)
+        raise ConfigError(
+            f"partition.kind = 'by-task': strategy {name} trains one model on pooled rows and has "
+            f"no meaning over several tasks; choose from {able}"
+        )

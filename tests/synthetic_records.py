@@ -1,0 +1,184 @@
+"""Records as finished runs would leave them, made from formulas instead of training."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+CLIENTS = 10
+LABELS = [str(digit) for digit in range(10)]
+
+# Name: (final accuracy, speed, bytes a round each way, aggregation error, seconds of merging)
+CHARACTERS: dict[str, tuple[float, float, int, float, float]] = {
+    "fedavg": (0.874, 0.22, 590_000, 0.058, 0.004),
+    "flora": (0.892, 0.26, 1_480_000, 0.0, 0.011),
+    "copra-merge": (0.905, 0.34, 610_000, 6e-8, 0.13),
+    "fedex-lora": (0.893, 0.27, 930_000, 3e-7, 0.045),
+    "ffa-lora": (0.846, 0.17, 300_000, 0.0, 0.003),
+    "centralised": (0.941, 0.5, 0, 0.0, 0.0),
+    "local-only": (0.641, 0.3, 0, 0.0, 0.0),
+}
+CONTROLS = {"centralised", "local-only"}
+
+
+def synthetic_record(
+    strategy: str = "fedavg",
+    seed: int = 0,
+    *,
+    label: str | None = None,
+    copra: bool = False,
+    rounds: int = 12,
+    final: float | None = None,
+    refused: int | None = None,
+) -> dict[str, Any]:
+    """Return one record; `final` fixes the last accuracy, `refused` is a client sending NaN."""
+    level, speed, size, error, merge = CHARACTERS[strategy]
+    control = strategy in CONTROLS
+    stream = np.random.default_rng([seed, len(strategy), copra])
+    level += 0.008 * copra + float(stream.normal(0, 0.006))
+    curve = [
+        level - (level - 0.1) * float(np.exp(-speed * n)) + float(stream.normal(0, 0.004))
+        for n in range(1, rounds + 1)
+    ]
+    if final is not None:
+        curve[-1] = final
+    clients = synthetic_clients(seed)
+    return {
+        "format": 1,
+        "label": label or strategy,
+        "seed": seed,
+        "experiment": synthetic_experiment(strategy, seed, copra, rounds),
+        "strategy": {
+            "name": strategy,
+            "summary": f"Stands for {strategy} in a made-up study.",
+            "citation": "Nobody et al. (2020), arXiv:0000.00000",
+            "control": control,
+        },
+        "environment": {
+            "python": "3.11.7",
+            "versions": {"torch": "2.13.0", "flwr": "1.41.0", "peft": "0.21.0"},
+            "git": {"commit": "5f0c1d7a9b2e", "dirty": False},
+            "platform": "Linux x86_64",
+            "device": "cpu",
+        },
+        "task": {
+            "name": "digits",
+            "kind": "image",
+            "metric": "accuracy",
+            "labels": LABELS,
+            "sizes": {"train": 1100, "validation": 0, "probe": 300, "test": 360},
+            "clients": clients,
+        },
+        "start": {"accuracy": 0.1, "loss": 2.3},
+        "digest": hashlib.sha256(f"{label or strategy} {seed} {copra}".encode()).hexdigest(),
+        "rounds": [
+            {
+                "round": number,
+                "accuracy": value,
+                "loss": 2.3 * (1 - value),
+                "bytes": _bytes(size, copra),
+                "seconds": {
+                    "wall": 1.2 + merge,
+                    "training": 2.3 - 0.4 * copra,
+                    "merge": merge,
+                    "evaluation": 0.09,
+                    "waiting": 1.1,
+                },
+                "aggregation_error": None if control else error * (1 + 0.5 / number),
+                "clients": [_reply(client, refused) for client in clients],
+                "merge": _merge(strategy, number),
+            }
+            for number, value in enumerate(curve, start=1)
+        ],
+        "final": {"accuracy": curve[-1], "loss": 2.3 * (1 - curve[-1])},
+    }
+
+
+def synthetic_study(seeds: Sequence[int] = (0, 1, 2)) -> list[dict[str, Any]]:
+    """Return five methods, one of them also with CopRA, and two controls, over the seeds."""
+    names = ["fedavg", "flora", "copra-merge", "fedex-lora", "ffa-lora", *sorted(CONTROLS)]
+    runs = [
+        synthetic_record(name, seed, refused=4 if name == "fedavg" and seed == 1 else None)
+        for name in names
+        for seed in seeds
+    ]
+    with_copra = [
+        synthetic_record("copra-merge", seed, label="copra-merge · copra.enabled=true", copra=True)
+        for seed in seeds
+    ]
+    return runs + with_copra
+
+
+def by_task_record(strategy: str = "fedavg", seed: int = 0) -> dict[str, Any]:
+    """Return a record of a federation in which every client has one of three tasks."""
+    record = synthetic_record(strategy, seed, rounds=4)
+    tasks = ["docstrings", "commits", "issues"]
+    for client in record["task"]["clients"]:
+        client["task"] = tasks[client["client"] % 3]
+        client["label_counts"] = [5] * (2 + client["client"] % 3)
+    record["task"] |= {"name": "coding", "kind": "text", "tasks": tasks, "labels": None}
+    record["experiment"]["partition"] = {"kind": "by-task", "alpha": 0.5, "clients": CLIENTS}
+    for point in (*record["rounds"], record["final"]):
+        point["tasks"] = {
+            task: {"accuracy": point["accuracy"] + shift, "loss": point["loss"]}
+            for task, shift in zip(tasks, (-0.05, 0.0, 0.05), strict=True)
+        }
+    return record
+
+
+def synthetic_clients(seed: int) -> list[dict[str, Any]]:
+    """Deal labels out by a Dirichlet draw, as the record describes it."""
+    stream = np.random.default_rng([seed, 7])
+    counts = np.stack([stream.multinomial(110, p) for p in stream.dirichlet([0.3] * CLIENTS, 10)])
+    return [
+        {
+            "client": client,
+            "num_examples": int(row.sum()),
+            "task": "digits",
+            "rank": 8,
+            "label_counts": row.tolist(),
+        }
+        for client, row in enumerate(counts.T)
+    ]
+
+
+def synthetic_experiment(strategy: str, seed: int, copra: bool, rounds: int) -> dict[str, Any]:
+    """Return a resolved experiment."""
+    return {
+        "task": {"name": "digits", "path": None, "probe_examples": 300},
+        "partition": {"kind": "dirichlet", "alpha": 0.3, "clients": CLIENTS},
+        "backbone": {"name": "digits-vit", "path": None, "hub": None},
+        "adapter": {"kind": "lora", "rank": 8, "ranks": [], "alpha": 16.0},
+        "copra": {"enabled": copra, "initial": 0.1, "ramp": 0.75},
+        "train": {"local_steps": 10, "batch_size": 32, "learning_rate": 0.002},
+        "federation": {"rounds": rounds, "fraction": 1.0, "seed": seed, "workers": 2},
+        "strategy": {"name": strategy},
+    }
+
+
+def _bytes(size: int, copra: bool) -> dict[str, dict[str, int]]:
+    adapter = int(size * (0.9 if copra else 1))
+    up = {"adapter": adapter, "head": 2600, "protocol": 400, "total": adapter + 3000}
+    return {"up": up, "down": dict(up)}
+
+
+def _reply(client: dict[str, Any], refused: int | None) -> dict[str, Any]:
+    sound = client["client"] != refused
+    return {
+        "client": client["client"],
+        "status": "ok" if sound else "refused",
+        "reason": None if sound else "blocks.0.query.lora_A holds 3 numbers that are NaN",
+        "num_examples": client["num_examples"],
+        "loss": 0.8,
+        "seconds": 0.23,
+        "weight": 0.1 if sound else 0.0,
+    }
+
+
+def _merge(strategy: str, number: int) -> dict[str, Any]:
+    if strategy != "copra-merge":
+        return {}
+    vetoed = [6] if number in {1, 2, 5} else []
+    decision = "reweighted by the probe" if number > 2 else "mean, the probe saw no gain"
+    return {"vetoed": vetoed, "kept_energy": 0.98, "decision": decision}
