@@ -15,6 +15,7 @@ from torch import nn
 
 from common.config import Backbone
 from common.errors import ConfigError
+from common.package_files import package_file
 from common.tasks import Kind
 
 
@@ -28,29 +29,7 @@ class ShippedBackbone:
 
 
 def _glyph_vit() -> Path:
-    from importlib.resources import files
-
-    here = Path(str(files("common"))) / "shipped" / "glyph-vit"
-    # A Flower app bundle carries the code but no weights: these stay with the installed package.
-    return here if (here / "model.safetensors").is_file() else _installed_folder() / here.name
-
-
-def _installed_folder() -> Path:
-    import json
-    from importlib.metadata import PackageNotFoundError, distributions
-    from urllib.parse import unquote, urlparse
-
-    for found in distributions(name="fedcopra"):
-        origin = json.loads(found.read_text("direct_url.json") or "{}")
-        editable = origin.get("dir_info", {}).get("editable")
-        root = unquote(urlparse(origin["url"]).path) if editable else str(found.locate_file(""))
-        folder = Path(root) / "common" / "shipped"
-        if (folder / "glyph-vit" / "model.safetensors").is_file():
-            return folder
-    raise ConfigError(
-        "backbone.name = 'glyph-vit': its weights are not beside this code, and fedcopra is not "
-        f"installed ({PackageNotFoundError.__name__}); install it, or give backbone.path"
-    )
+    return package_file("common/shipped/glyph-vit")
 
 
 def _minilm() -> Path:

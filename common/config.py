@@ -225,14 +225,16 @@ def build_experiment(
 ) -> Experiment:
     """Check nested tables, with `overrides` of dotted keys laid over them.
 
-    A new source (`task.path`, say) replaces the one in the file (`task.hub`).
+    A new source (`task.path`, say) replaces the one in the file (`task.hub`) and its columns.
 
     Raises:
         ConfigError: naming the first bad key, its value and the choices.
     """
     merged = json.loads(json.dumps(tables))
-    for key, value in (overrides or {}).items():
-        _put(merged, key, value)
+    given = overrides or {}
+    # Sources first: they drop what the file says of another source.
+    for key in sorted(given, key=lambda key: key.rpartition(".")[2] not in _SOURCE_KEYS):
+        _put(merged, key, given[key])
     strategy = merged.get("strategy")
     if strategy is not None and not (isinstance(strategy, dict) and "name" in strategy):
         raise ConfigError(_at(origin, "strategy", strategy, "a table with the key name"))
@@ -316,7 +318,7 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"{key}: {parent} is a value, not a table")
     if parents and parents[0] in {"task", "backbone"} and last in _SOURCE_KEYS:
-        for other in _SOURCE_KEYS:
+        for other in (*_SOURCE_KEYS, *(key for key in table if key.endswith("_column"))):
             table.pop(other, None)
     table[last] = value
 

@@ -69,14 +69,23 @@ class _Round:
 
 
 def run_federation(
-    grid: Grid, experiment: Experiment, evaluator: Evaluator, on_round: OnRound
+    grid: Grid,
+    experiment: Experiment,
+    evaluator: Evaluator,
+    on_round: OnRound,
+    *,
+    share_nodes: bool = False,
 ) -> Outcomes:
     """Run every round of `experiment` over the clients that `grid` reaches.
+
+    With `share_nodes` a node may play several clients: right in a simulation, where every node can
+    make every shard, and never where nodes hold data of their own.
 
     Raises:
         FedcopraError: too few clients are connected.
     """
-    nodes = find_clients(grid, experiment.partition.clients)
+    find = _share_nodes if share_nodes else find_clients
+    nodes = find(grid, experiment.partition.clients)
     bridge = FedcopraStrategy(experiment, evaluator, nodes, on_round)
     bridge.start(
         grid,
@@ -94,20 +103,32 @@ def find_clients(grid: Grid, wanted: int, patience: float = 60.0) -> dict[int, i
     Flower starts the server before its nodes are registered, and node ids are random: the client
     number is what makes a cohort reproducible.
     """
-    deadline = time.monotonic() + patience
-    while len(ids := list(grid.get_node_ids())) < wanted:
-        if time.monotonic() > deadline:
-            raise FedcopraError(
-                f"partition.clients = {wanted}, but only {len(ids)} nodes are connected after "
-                f"{patience:.0f} s; with flwr run: --federation-config 'num-supernodes={wanted}'"
-            )
-        time.sleep(0.05)
+    ids = _wait_for_nodes(grid, wanted, patience)
+    if len(ids) < wanted:
+        raise FedcopraError(
+            f"partition.clients = {wanted}, but only {len(ids)} nodes are connected after "
+            f"{patience:.0f} s; start {wanted}, each with its own partition-id"
+        )
     questions = [Message(RecordDict(), dst_node_id=i, message_type="query") for i in ids]
     replies = list(grid.send_and_receive(questions, timeout=patience))
     found = {unpack_identity(r.content): r.metadata.src_node_id for r in replies if r.has_content()}
     if missing := sorted(set(range(wanted)) - set(found)):
         raise FedcopraError(f"clients {missing} of {wanted} did not say who they are")
     return found
+
+
+def _share_nodes(grid: Grid, wanted: int, patience: float = 3.0) -> dict[int, int]:
+    ids = sorted(_wait_for_nodes(grid, wanted, patience))
+    if not ids:
+        raise FedcopraError(f"no node is connected after {patience:.0f} s")
+    return {client: ids[client % len(ids)] for client in range(wanted)}
+
+
+def _wait_for_nodes(grid: Grid, wanted: int, patience: float) -> list[int]:
+    deadline = time.monotonic() + patience
+    while len(ids := list(grid.get_node_ids())) < wanted and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return ids
 
 
 class FedcopraStrategy(FlowerStrategyBase):

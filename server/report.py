@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from common.errors import DataError
+from common.package_files import package_file
 from server.comparison import Comparison, Groups, Record, by_label, compare, copra_enabled
 from server.drawing import PALETTE
 from server.figures import panels
@@ -108,7 +109,7 @@ def render(records: Sequence[Record], comparison: Comparison, title: str) -> str
     """Return the report as one HTML document; equal records give equal documents."""
     groups = by_label(records)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(package_file("server/report.html.jinja").parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,0 +1,50 @@
+"""Flower's ServerApp, for `flwr run .`: the same experiment through Flower's own command."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.config import experiment_from_flat
+from server.environment import prepare_environment
+from server.evaluation import Evaluator
+from server.flower_strategy import run_federation
+from server.record import appearing_whole, build_record, write_run
+from server.report import write_report
+from server.simulation import Finished
+from strategies import resolve
+
+app = ServerApp()
+_log = logging.getLogger("flwr")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment of the run config and write its record where `out` says.
+
+    `share_nodes` lets Flower's nodes play several clients each, for a simulation of any size.
+    `out` is a folder on the machine of the SuperLink; relative paths start where that was started.
+    """
+    prepare_environment()
+    config: dict[str, Any] = dict(context.run_config)
+    share_nodes = bool(config.pop("share_nodes"))
+    folder = Path(str(config.pop("out"))) / f"run-{context.run_id}"
+    experiment = experiment_from_flat(config)
+    resolve(experiment)
+    with appearing_whole(folder.absolute()) as unfinished:
+        evaluator = Evaluator(experiment)
+        outcomes = run_federation(
+            grid, experiment, evaluator, _log_round, share_nodes=share_nodes
+        )
+        finished = Finished(experiment, outcomes, evaluator)
+        record = build_record(finished, experiment.strategy_name)
+        write_run(unfinished, record, outcomes.served)
+        write_report([unfinished], unfinished / "report.html")
+    _log.info("record and report: %s", folder.absolute() / "report.html")
+
+
+def _log_round(row: Mapping[str, Any]) -> None:
+    _log.info("round %d: accuracy %.3f, loss %.3f", row["round"], row["accuracy"], row["loss"])
