@@ -57,7 +57,8 @@ class Task(TaskSource):
     `test_fraction` and `validation_fraction` cut a split out of the training rows only where the
     source has none of its own. `probe_examples` training rows, balanced over classes, stay on the
     server for strategies that probe; they are set aside for every strategy, so that all compare
-    on the same shards. `limit` keeps that many training rows (0: all).
+    on the same shards. `limit` keeps that many training rows (0: all). Every round is scored on
+    the rows of `evaluate_on`: choose settings on validation, and report on test.
     """
 
     members: tuple[TaskSource, ...] = ()
@@ -65,6 +66,7 @@ class Task(TaskSource):
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     probe_examples: int = Field(512, ge=0)
     limit: int = Field(0, ge=0)
+    evaluate_on: Literal["test", "validation"] = "test"
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -234,7 +234,7 @@ def _read_table(file: Path) -> dict[str, list[Any]]:
     import pandas as pd
 
     readers: dict[str, Callable[[], Any]] = {
-        ".jsonl": lambda: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
+        ".jsonl": lambda: pd.read_json(file, lines=True, dtype=False),
         ".csv": lambda: pd.read_csv(file),
         ".parquet": lambda: pd.read_parquet(file),
     }

@@ -93,7 +93,11 @@ def simulate(file: ExperimentFile, assignments: Sets = None, out: Out = None) ->
 def compare(
     file: ExperimentFile,
     strategies: Annotated[
-        str, typer.Option(help="Strategies, with commas; the first is what others are held to.")
+        str,
+        typer.Option(
+            help="Strategies, with commas; the first is what others are held to. A strategy may "
+            "bring settings of its own: ffa-lora+train.learning_rate=4e-3"
+        ),
     ] = "fedavg,ffa-lora,flexlora,copra-merge",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2",
     assignments: Sets = None,
@@ -169,6 +173,8 @@ def plan_comparison(
 ) -> list[PlannedRun]:
     """Return every run of strategies x settings x seeds, in that order.
 
+    A strategy is written `name`, or `name+key=value+key=value` for settings that it alone has.
+
     Raises:
         ConfigError: any of them could not be meant; nothing has run by then.
     """
@@ -177,13 +183,13 @@ def plan_comparison(
     numbers = [_seed(seed) for seed in seeds]
     runs = []
     for strategy in strategies:
+        name, *own = strategy.strip().split("+")
         for values in itertools.product(*alternatives.values()):
-            setting = dict(zip(alternatives, values, strict=True))
-            label = " · ".join(
-                [strategy.strip(), *(f"{key}={_shown(setting[key])}" for key in varied)]
-            )
+            setting = dict(zip(alternatives, values, strict=True)) | parse_assignments(own)
+            shown = [*varied, *(key for key in parse_assignments(own) if key not in varied)]
+            label = " · ".join([name, *(f"{key}={_shown(setting[key])}" for key in shown)])
             for seed in numbers:
-                chosen = {"strategy.name": strategy.strip(), "federation.seed": seed}
+                chosen = {"strategy.name": name, "federation.seed": seed}
                 runs.append(PlannedRun(label, load_experiment(file, setting | chosen)))
     if repeated := [run.folder for run in runs if [r.folder for r in runs].count(run.folder) > 1]:
         raise ConfigError(f"the comparison has {repeated[0]} more than once")

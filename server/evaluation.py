@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from common.adapters import AdaptedBackbone, load_adapted_backbone
 from common.config import Experiment
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.features import Batch, Features, extract_features
 from common.metrics import Scores, mean_scores
 from common.tasks import LabelledTask, Split, load_tasks
@@ -49,14 +49,18 @@ class Evaluator:
         )
         self._seed = experiment.federation.seed
         self._bfloat16 = experiment.train.precision == "bfloat16"
-        self._test = [_Rows(task, self._batches(task, task.test)) for task in self.tasks]
+        held_out = [_held_out(task, experiment.task.evaluate_on) for task in self.tasks]
+        self._held_out = [
+            _Rows(task, self._batches(task, split))
+            for task, split in zip(self.tasks, held_out, strict=True)
+        ]
 
     def initial(self) -> dict[str, Tensor]:
         """Return the common start of all clients, heads of every task included."""
         return self.model.initial(self.tasks, self._seed)
 
     def evaluate(self, served: Sequence[Served]) -> Scores:
-        """Score on the test rows: mean over models, then over tasks."""
+        """Score on the held-out rows: mean over models, then over tasks."""
         by_task = {
             rows.task.name: mean_scores(
                 [
@@ -65,7 +69,7 @@ class Evaluator:
                     if model.task in (None, rows.task.name)
                 ]
             )
-            for rows in self._test
+            for rows in self._held_out
             if any(model.task in (None, rows.task.name) for model in served)
         }
         overall = mean_scores(list(by_task.values()))
@@ -119,6 +123,13 @@ class Evaluator:
     def _precision(self) -> Any:
         device = self.model.backbone.device.type
         return torch.autocast(device, dtype=torch.bfloat16) if self._bfloat16 else nullcontext()
+
+
+def _held_out(task: LabelledTask, name: str) -> Split:
+    split = {"test": task.test, "validation": task.validation}[name]
+    if not len(split):
+        raise DataError(f"task.evaluate_on = {name!r}: task {task.name} has no {name} rows")
+    return split
 
 
 def _rows(split: Split, part: slice) -> Split:

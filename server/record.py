@@ -62,7 +62,8 @@ def _describe_task(finished: Finished) -> dict[str, Any]:
         "name": " + ".join(task.name for task in tasks),
         "kind": tasks[0].kind,
         "metric": "accuracy",
-        "tasks": [task.name for task in tasks],
+        "evaluated_on": experiment.task.evaluate_on,
+        "tasks": [task.name for task in tasks] if len(tasks) > 1 else None,
         "labels": list(tasks[0].labels) if len(tasks) == 1 else None,
         "sizes": {
             split: sum(len(getattr(task, split)) for task in tasks)

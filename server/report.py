@@ -151,7 +151,8 @@ def _task(record: Record) -> str:
 
 def _examples(record: Record) -> str:
     sizes = record["task"].get("sizes") or {}
-    return ", ".join(f"{sizes[split]} {split}" for split in ("train", "test") if split in sizes)
+    scored = record["task"].get("evaluated_on", "test")
+    return ", ".join(f"{sizes[split]} {split}" for split in ("train", scored) if split in sizes)
 
 
 def _partition(record: Record) -> str:
@@ -219,16 +220,19 @@ def cautions(groups: Groups) -> list[str]:
         varied_on_purpose = key.split(".")[0] in {"strategy", "copra"} or key == "federation.seed"
         if len(values) > 1 and not varied_on_purpose:
             differing[key] = values
+    if first["task"].get("evaluated_on", "test") != "test":
+        said.append("Scored on validation examples: fit to choose settings by, not to report.")
     if differing:
         listed = [f"{key} ({', '.join(values)})" for key, values in differing.items()]
         said.append(f"Besides strategy and CopRA, the runs differ in {spoken(listed)}.")
-    examples = (first["task"].get("sizes") or {}).get("test")
+    scored = first["task"].get("evaluated_on", "test")
+    examples = (first["task"].get("sizes") or {}).get(scored)
     share = first["final"]["accuracy"]
     one_task = not first["task"].get("tasks")
     if one_task and examples and share is not None and 0 <= share <= 1:
         error = math.sqrt(share * (1 - share) / examples)
         said.append(
-            f"Measured on {examples} test examples, an accuracy near {percent(share)} has a "
+            f"Measured on {examples} {scored} examples, an accuracy near {percent(share)} has a "
             f"standard error of about {points(error, sign=False)} from the choice of these "
             "examples alone, on top of the seeds."
         )
