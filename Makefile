@@ -14,7 +14,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/fedcopra compare experiments/demo.toml --out $(DEMO) \
-		--strategies fedavg,ffa-lora,flexlora,copra-merge --seeds 0,1,2 $(DEMO_FLAGS)
+		--strategies fedavg,ffa-lora,flexlora,copra-merge,copra-merge+copra.enabled=true \
+		--seeds 0,1,2 $(DEMO_FLAGS)
 	@echo "open $(DEMO)/report.html in a browser"
 
 test: lint

@@ -11,6 +11,7 @@ not depend on PEFT's version:
 
 import functools
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +291,11 @@ def export_peft(
         lora_dropout=adapter.dropout,
         target_modules=adapted_modules(state),
         modules_to_save=heads or None,
+        task_type={"text": "SEQ_CLS", "image": None}[task.kind],
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # PEFT asks transformers by a name that is on its way out.
+        warnings.simplefilter("ignore", FutureWarning)
         model = get_peft_model(base, config)
     named = {
         "base_model.model." + name.removeprefix(prefix): tensor

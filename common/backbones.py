@@ -174,6 +174,7 @@ def load_base_model(config: Backbone, kind: Kind, num_labels: int) -> Any:
             f"but the task is of kind {kind}"
         )
     logging.set_verbosity_error()  # a new head is meant: no report of missing weights
+    logging.disable_progress_bar()
     try:
         # A new head is drawn from the global stream: leave that as it was.
         with torch.random.fork_rng():

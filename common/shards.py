@@ -48,6 +48,11 @@ def deal_shards(task: Task, partition: Partition, seed: int) -> tuple[Shard, ...
     each = partition.clients // len(tasks)
     shards: list[Shard | None] = [None] * partition.clients
     for index, member in enumerate(tasks):
+        if len(member.train) < each:
+            raise DataError(
+                f"partition.clients = {partition.clients}: some client would hold an empty shard, "
+                f"since task {member.name} has {len(member.train)} training rows for {each} clients"
+            )
         dealt = _deal(member.train.labels, partition, each, child_seed(seed, "shards", index))
         for turn, rows in enumerate(dealt):
             client = turn * len(tasks) + index

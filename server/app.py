@@ -36,9 +36,7 @@ def main(grid: Grid, context: Context) -> None:
     resolve(experiment)
     with appearing_whole(folder.absolute()) as unfinished:
         evaluator = Evaluator(experiment)
-        outcomes = run_federation(
-            grid, experiment, evaluator, _log_round, share_nodes=share_nodes
-        )
+        outcomes = run_federation(grid, experiment, evaluator, _log_round, share_nodes=share_nodes)
         finished = Finished(experiment, outcomes, evaluator)
         record = build_record(finished, experiment.strategy_name)
         write_run(unfinished, record, outcomes.served)

@@ -227,7 +227,7 @@ def _run_all(runs: Sequence[PlannedRun], folder: Path, *, comparison: bool) -> N
             write_json(unfinished / "comparison.json", compare_records(records))
         write_report([unfinished], unfinished / "report.html")
     _print_summary(records)
-    console.print(f"record and report: {folder / 'report.html'}")
+    console.print(f"record and report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def _simulate_with_progress(runs: Sequence[PlannedRun], comparison: bool) -> list[Any]:
@@ -241,7 +241,8 @@ def _simulate_with_progress(runs: Sequence[PlannedRun], comparison: bool) -> lis
         TextColumn("rounds"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         bar = progress.add_task("starting clients", total=rounds)
 
         def on_progress(index: int, row: Mapping[str, Any]) -> None:
@@ -249,12 +250,14 @@ def _simulate_with_progress(runs: Sequence[PlannedRun], comparison: bool) -> lis
             seed = run.experiment.federation.seed
             progress.update(bar, advance=1, description=f"{run.label}, seed {seed}")
             if not comparison or row["round"] == run.experiment.federation.rounds:
-                progress.console.print(f"{run.label}, seed {seed}, {_round_line(row)}")
+                line = f"{run.label}, seed {seed}, {_round_line(row)}"
+                progress.console.print(line, soft_wrap=True)
             for client in row["clients"]:
                 if client["status"] != "ok":
                     progress.console.print(
                         f"{run.label}, seed {seed}, round {row['round']}: client "
-                        f"{client['client']} {client['status']}: {client['reason']}"
+                        f"{client['client']} {client['status']}: {client['reason']}",
+                        soft_wrap=True,
                     )
 
         return simulate_runs([run.experiment for run in runs], on_progress)

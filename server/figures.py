@@ -81,8 +81,8 @@ def accuracy_by_round(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
     return Panel(
         name="accuracy-by-round",
         heading=f"How does {metric} grow with the rounds?",
-        shows=f"{metric.capitalize()} on the server's held-out examples before training (round 0) and "
-        f"after each round. {_spread_note(groups)}",
+        shows=f"{metric.capitalize()} on the server's held-out examples before training (round 0) "
+        f"and after each round. {_spread_note(groups)}",
         conclusion=f"{standing(groups)} {climb(lines)}",
         drawing=draw("accuracy-by-round", f"{metric.capitalize()} by round", paint),
         legend=_legend(groups, chosen),

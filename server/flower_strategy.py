@@ -84,8 +84,11 @@ def run_federation(
     Raises:
         FedcopraError: too few clients are connected.
     """
-    find = _share_nodes if share_nodes else find_clients
-    nodes = find(grid, experiment.partition.clients)
+    wanted = experiment.partition.clients
+    if share_nodes:
+        nodes = _share_nodes(grid, wanted)
+    else:
+        nodes = find_clients(grid, wanted, experiment.federation.timeout)
     bridge = FedcopraStrategy(experiment, evaluator, nodes, on_round)
     bridge.start(
         grid,
@@ -97,7 +100,7 @@ def run_federation(
     return bridge.outcomes()
 
 
-def find_clients(grid: Grid, wanted: int, patience: float = 60.0) -> dict[int, int]:
+def find_clients(grid: Grid, wanted: int, timeout: float, patience: float = 60.0) -> dict[int, int]:
     """Return `{client: node id}` once `wanted` nodes answer; ask each which client it is.
 
     Flower starts the server before its nodes are registered, and node ids are random: the client
@@ -110,7 +113,8 @@ def find_clients(grid: Grid, wanted: int, patience: float = 60.0) -> dict[int, i
             f"{patience:.0f} s; start {wanted}, each with its own partition-id"
         )
     questions = [Message(RecordDict(), dst_node_id=i, message_type="query") for i in ids]
-    replies = list(grid.send_and_receive(questions, timeout=patience))
+    # The first answers wait for the clients' processes to start: give them a round's time.
+    replies = list(grid.send_and_receive(questions, timeout=timeout))
     found = {unpack_identity(r.content): r.metadata.src_node_id for r in replies if r.has_content()}
     if missing := sorted(set(range(wanted)) - set(found)):
         raise FedcopraError(f"clients {missing} of {wanted} did not say who they are")

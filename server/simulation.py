@@ -19,6 +19,7 @@ from flwr.simulation import run_simulation
 from clients.app import app as client_app
 from common.backbones import choose_device
 from common.config import Experiment
+from common.shards import deal_shards
 from server.evaluation import Evaluator
 from server.flower_strategy import Outcomes, run_federation
 from server.local_grid import LocalGrid
@@ -65,6 +66,8 @@ def _evaluators(experiments: Sequence[Experiment]) -> list[Evaluator]:
     """Make one evaluator for all runs that differ only in strategy, schedule or training."""
     made: dict[Any, Evaluator] = {}
     for experiment in experiments:
+        # Shards that cannot be dealt are a mistake to tell before any client starts.
+        deal_shards(experiment.task, experiment.partition, experiment.federation.seed)
         key = _evaluation_key(experiment)
         if key not in made:
             made[key] = Evaluator(experiment)
@@ -103,7 +106,11 @@ def _on_ray(run: _Run, experiments: Sequence[Experiment], clients: int) -> list[
         # One run more than there are workers keeps these busy while the server merges.
         with ThreadPoolExecutor(max_workers=workers + 1) as in_flight:
             jobs = [in_flight.submit(run, grid, index) for index in range(len(experiments))]
-            finished.extend(job.result() for job in jobs)
+            try:
+                finished.extend(job.result() for job in jobs)
+            finally:
+                # After a mistake, start none of the others.
+                in_flight.shutdown(wait=False, cancel_futures=True)
 
     run_simulation(
         server_app,
