@@ -54,9 +54,9 @@ def train(message: Message, context: Context) -> Message:
     )
     run = LocalRun(
         seed=child_seed(federation.seed, "client", plan.client, "round", plan.round),
-        first_step=(plan.round - 1) * settings.local_steps,
+        first_step=(plan.round - 1) * plan.steps,
         steps=plan.steps,
-        total_steps=experiment.total_steps,
+        total_steps=federation.rounds * plan.steps,
         trains=plan.trains,
     )
     loss = train_locally(model, rows, run, settings, experiment.copra)

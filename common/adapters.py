@@ -12,6 +12,7 @@ not depend on PEFT's version:
 import functools
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from common.features import Batch
 from common.lowrank import adapted_modules, factor_names, is_factor
 from common.seeds import torch_generator
 from common.tasks import Kind, LabelledTask
-from common.tensors import Tensors, check_update
+from common.tensors import Tensors, check_update, head_prefix
 
 _RESIDUAL = ".residual.weight"
 # PEFT has no defaults for vision models; these are its own for the others.
@@ -45,8 +46,8 @@ def is_residual(name: str) -> bool:
 
 
 def part_of(name: str) -> str:
-    """Return what a tensor is: `lora_A`, `lora_B`, `head` or `residual`."""
-    return "head" if name.startswith("head.") else name.rsplit(".", 2)[-2]
+    """Return what a tensor is: `lora_A`, `lora_B`, `head` or `residual`; else its parent's name."""
+    return "head" if name.startswith("head.") else name.rpartition(".")[0].rpartition(".")[2]
 
 
 class AdaptedBackbone:
@@ -72,14 +73,8 @@ class AdaptedBackbone:
 
     def shapes(self, rank: int, task: LabelledTask) -> dict[str, torch.Size]:
         """Return name and shape of every tensor that a model of `rank` and `task` can train."""
-        shapes = {}
-        for module, (out_features, in_features) in self._targets.items():
-            name_B, name_A = factor_names(module)
-            shapes[name_A] = torch.Size((rank, in_features))
-            shapes[name_B] = torch.Size((out_features, rank))
-        for name, parameter in self._head(task).items():
-            shapes[name] = parameter.shape
-        return shapes
+        heads = {name: parameter.shape for name, parameter in self._head(task).items()}
+        return _factor_shapes(self._targets, rank) | heads
 
     def initial(self, tasks: tuple[LabelledTask, ...], seed: int) -> dict[str, Tensor]:
         """Return the common start, of the largest rank: A as PEFT draws it, B zero, a fresh head.
@@ -110,7 +105,12 @@ class AdaptedBackbone:
             UpdateRefusedError: a tensor is missing, unknown, of the wrong shape or not finite.
         """
         trainable = {n: t for n, t in state.items() if not is_residual(n)}
-        check_update(trainable, self.shapes(rank, task))
+        residuals = {
+            residual_name(module): torch.Size(size)
+            for module, size in self._targets.items()
+            if residual_name(module) in state
+        }
+        check_update(state, self.shapes(rank, task) | residuals)
         self._activate(rank)
         self._task = task
         parameters = self.parameters()
@@ -162,7 +162,7 @@ class AdaptedBackbone:
         model = self.backbone.classifier(len(task.labels))
         inside = str(model.base_model_prefix) + "."
         return {
-            f"head.{task.name}.{name}": parameter
+            head_prefix(task.name) + name: parameter
             for name, parameter in model.named_parameters()
             if not name.startswith(inside)
         }
@@ -232,6 +232,15 @@ def at_rank(state: Tensors, rank: int) -> dict[str, Tensor]:
     }
 
 
+def _factor_shapes(targets: Mapping[str, tuple[int, int]], rank: int) -> dict[str, torch.Size]:
+    shapes = {}
+    for module, (out_features, in_features) in targets.items():
+        name_B, name_A = factor_names(module)
+        shapes[name_A] = torch.Size((rank, in_features))
+        shapes[name_B] = torch.Size((out_features, rank))
+    return shapes
+
+
 def _slot(rank: int) -> str:
     return f"rank{rank}"
 
@@ -282,15 +291,25 @@ def export_peft(
     base.config.id2label = dict(enumerate(task.labels))
     base.config.label2id = {label: index for index, label in enumerate(task.labels)}
     rank = state[factor_names(adapted_modules(state)[0])[1]].shape[0]
-    prefix = f"head.{task.name}."
-    heads = sorted({n.removeprefix(prefix).split(".")[0] for n in state if n.startswith(prefix)})
+    prefix = head_prefix(task.name)
+    inside = str(base.base_model_prefix) + "."
+    head = {
+        name: parameter.shape
+        for name, parameter in base.named_parameters()
+        if not name.startswith(inside)
+    }
+    targets = _choose_targets(getattr(base, base.base_model_prefix), adapter)
+    check_update(
+        state,
+        _factor_shapes(targets, rank) | {prefix + name: shape for name, shape in head.items()},
+    )
     config = LoraConfig(
         r=rank,
         lora_alpha=adapter.scale(rank) * (rank**0.5 if adapter.rslora else rank),
         use_rslora=adapter.rslora,
         lora_dropout=adapter.dropout,
-        target_modules=adapted_modules(state),
-        modules_to_save=heads or None,
+        target_modules=list(targets),
+        modules_to_save=sorted({name.split(".")[0] for name in head}),
         task_type={"text": "SEQ_CLS", "image": None}[task.kind],
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -298,11 +317,7 @@ def export_peft(
         warnings.simplefilter("ignore", FutureWarning)
         model = get_peft_model(base, config)
     named = {
-        "base_model.model." + name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if is_factor(name) or name.startswith(prefix)
+        "base_model.model." + name.removeprefix(prefix): tensor for name, tensor in state.items()
     }
-    outcome = set_peft_model_state_dict(model, named)
-    if outcome.unexpected_keys:
-        raise ConfigError(f"PEFT does not know {outcome.unexpected_keys[0]} of this adapter")
+    set_peft_model_state_dict(model, named)
     model.save_pretrained(str(folder))

@@ -110,7 +110,7 @@ class PretrainedBackbone:
             setattr(model, model.base_model_prefix, self.encoder)
             for child in model.children():
                 if child is not self.encoder:
-                    child.to_empty(device=self.device)
+                    child.to(torch.float32).to_empty(device=self.device)
             self._models[num_labels] = model
         return self._models[num_labels]
 
@@ -176,8 +176,10 @@ def load_base_model(config: Backbone, kind: Kind, num_labels: int) -> Any:
     logging.set_verbosity_error()  # a new head is meant: no report of missing weights
     logging.disable_progress_bar()
     try:
-        # A new head is drawn from the global stream: leave that as it was.
+        # What the checkpoint lacks is drawn from the global stream: the same in every process, and
+        # the stream is left as it was.
         with torch.random.fork_rng():
+            torch.manual_seed(0)
             return _AUTO_MODELS[kind]().from_pretrained(
                 location, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32
             )

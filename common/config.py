@@ -4,6 +4,7 @@ The only reader of experiment files. Everything that can be known to be wrong wi
 model or a data set is refused here or in `strategies.resolve`, naming key, value and choices.
 """
 
+import datetime
 import json
 import re
 import tomllib
@@ -19,7 +20,7 @@ Scalar = str | int | float | bool
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class _Source(_Table):
@@ -209,14 +210,9 @@ class Experiment(_Table):
         """Return the name of the strategy."""
         return str(self.strategy["name"])
 
-    @property
-    def total_steps(self) -> int:
-        """Return T, the local steps of a client that takes part in every round."""
-        return self.federation.rounds * self.train.local_steps
-
     def with_values(self, values: Mapping[str, Any]) -> "Experiment":
         """Return a copy in which each dotted key of `values` has its new value."""
-        return build_experiment(self.model_dump(mode="json", exclude_defaults=True), values)
+        return build_experiment(self.model_dump(mode="json"), values)
 
 
 _SOURCE_KEYS = ("name", "path", "hub", "members")
@@ -232,10 +228,11 @@ def build_experiment(
     Raises:
         ConfigError: naming the first bad key, its value and the choices.
     """
-    merged = json.loads(json.dumps(tables))
+    # TOML's dates become text, and are then refused where a number or name is wanted.
+    merged = json.loads(json.dumps(tables, default=str))
     given = overrides or {}
     # Sources first: they drop what the file says of another source.
-    for key in sorted(given, key=lambda key: key.rpartition(".")[2] not in _SOURCE_KEYS):
+    for key in sorted(given, key=_source_order):
         _put(merged, key, given[key])
     strategy = merged.get("strategy")
     if strategy is not None and not (isinstance(strategy, dict) and "name" in strategy):
@@ -307,9 +304,17 @@ _OUTER_COMMA = re.compile(r""",(?=(?:[^"]*"[^"]*")*[^"]*$)(?![^\[]*\])""")
 def parse_value(text: str) -> Any:
     """Read `text` as a TOML value; what is none (`fedavg`, `some/folder`) is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    # No key takes a date, but a folder may be called like one.
+    return text if isinstance(value, datetime.date | datetime.time) else value
+
+
+def _source_order(key: str) -> int:
+    """Sort names before paths and hub ids, which replace them, and all of these before the rest."""
+    last = key.rpartition(".")[2]
+    return _SOURCE_KEYS.index(last) if last in _SOURCE_KEYS else len(_SOURCE_KEYS)
 
 
 def _put(tables: dict[str, Any], key: str, value: Any) -> None:

@@ -132,8 +132,8 @@ def count_bytes(content: RecordDict, tensors: Tensors) -> dict[str, int]:
     """
     counted: dict[str, int] = {}
     for name, tensor in tensors.items():
-        kind = _KINDS[part_of(name)]
-        counted[kind] = counted.get(kind, 0) + tensor.nbytes
+        if kind := _KINDS.get(part_of(name)):
+            counted[kind] = counted.get(kind, 0) + tensor.nbytes
     total = len(recorddict_to_proto(content).SerializeToString())
     return counted | {"protocol": total - sum(counted.values()), "total": total}
 

@@ -5,6 +5,7 @@ the server's probe set and every check are done once, here, for all of them. Row
 task's name alone, so every seed and every strategy is judged on the same test rows.
 """
 
+import csv
 import functools
 import io
 import json
@@ -25,7 +26,16 @@ from common.seeds import numpy_generator
 
 Kind = Literal["text", "image"]
 TextInput = tuple[str, ...]  # one text, or a pair
-ImageInput = Image.Image | Path | bytes  # a picture, or the file or the bytes that hold one
+
+
+class ZippedPicture(NamedTuple):
+    """A picture inside a zip: where it stands, and its file."""
+
+    place: str
+    content: bytes
+
+
+ImageInput = Image.Image | Path | ZippedPicture
 
 
 class Split(NamedTuple):
@@ -205,7 +215,6 @@ SHIPPED_TASKS: Mapping[str, ShippedTask] = {
 # --- local folders and zips --------------------------------------------------------------------
 
 _SPLITS = ("train", "validation", "test")
-_TABLES = (".jsonl", ".csv", ".parquet")
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _EXPECTED = (
     "expected train.jsonl, train.csv or train.parquet (text), or train/<class>/<picture>, "
@@ -223,72 +232,132 @@ def _read_path(path: Path, source: TaskSource) -> SourceRows:
         if (path / (split + ending)).is_file()
     }
     if "train" in tables:
-        return _text_rows(path, source, {s: _read_table(file) for s, file in tables.items()})
+        columns = {split: _read_table(file) for split, file in tables.items()}
+        names = _label_names(path / "labels.json")
+        return _text_rows({s: str(f) for s, f in tables.items()}, source, columns, names)
     pictures = _zipped_pictures(path) if zipfile.is_zipfile(path) else _folder_pictures(path)
     if "train" not in pictures:
         raise DataError(f"task.path = {str(path)!r}: {_EXPECTED}")
     return _image_rows(path, pictures)
 
 
-def _read_table(file: Path) -> dict[str, list[Any]]:
-    import pandas as pd
+_Columns = dict[str, list[Any]]
 
-    readers: dict[str, Callable[[], Any]] = {
-        ".jsonl": lambda: pd.read_json(file, lines=True, dtype=False),
-        ".csv": lambda: pd.read_csv(file),
-        ".parquet": lambda: pd.read_parquet(file),
-    }
+
+def _read_table(file: Path) -> _Columns:
+    """Return the columns; values are as the file has them, and None is missing."""
     try:
-        table = readers[file.suffix]()
-    except (ValueError, OSError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
-    if table.empty:
+        columns = _TABLES[file.suffix](file)
+    except (ValueError, OSError, csv.Error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{file} cannot be read: {reason}") from None
+    if not any(columns.values()):
         raise DataError(f"{file} holds no rows")
-    return {str(column): table[column].tolist() for column in table.columns}
+    return columns
+
+
+def _read_jsonl(file: Path) -> _Columns:
+    with file.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("every line must be a JSON object")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read_csv(file: Path) -> _Columns:
+    with file.open(encoding="utf-8", newline="") as lines:
+        header, *rows = [row for row in csv.reader(lines, strict=True) if row] or [[]]
+    for number, row in enumerate(rows):
+        if len(row) != len(header):
+            raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
+    return {name: [row[at] for row in rows] for at, name in enumerate(header)}
+
+
+def _read_parquet(file: Path) -> _Columns:
+    import pyarrow.parquet
+
+    columns: _Columns = pyarrow.parquet.read_table(file).to_pydict()
+    return columns
+
+
+_TABLES: Mapping[str, Callable[[Path], _Columns]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 def _text_rows(
-    origin: Path | str, source: TaskSource, columns: Mapping[str, Mapping[str, list[Any]]]
+    places: Mapping[str, str],
+    source: TaskSource,
+    columns: Mapping[str, _Columns],
+    names: tuple[str, ...] | None,
 ) -> SourceRows:
+    """Check texts and labels; `places` says where each split comes from."""
     for split, table in columns.items():
         for wanted in (source.text_column, source.label_column):
             if wanted not in table:
                 raise DataError(
-                    f"{origin}, split {split}: there is no column {wanted!r}; the columns are "
+                    f"{places[split]}: there is no column {wanted!r}; the columns are "
                     f"{', '.join(table)} (task.text_column and task.label_column choose others)"
                 )
-    labels = _label_list(origin, source.label_column, columns)
+    labels = names or _labels_seen(columns["train"][source.label_column])
     splits = {}
     for split, table in columns.items():
         texts = [source.text_column, source.pair_column]
         inputs = list(zip(*(table[name] for name in texts if name in table), strict=True))
         for row, parts in enumerate(inputs):
             if not all(isinstance(part, str) for part in parts):
-                raise DataError(f"{origin}, split {split}, row {row}: {parts!r} is not text")
-        indices = _label_indices(f"{origin}, split {split}", table[source.label_column], labels)
+                raise DataError(f"{places[split]}, row {row}: {parts!r} is not text")
+        indices = _label_indices(places[split], table[source.label_column], labels)
         splits[split] = Split(inputs, indices)
     return SourceRows("text", labels, splits)
 
 
-def _label_list(
-    origin: Path | str, column: str, columns: Mapping[str, Mapping[str, list[Any]]]
-) -> tuple[str, ...]:
-    """Return the names in `labels.json`, or else every label that occurs in training, sorted."""
-    names = Path(origin) / "labels.json"
-    if names.is_file():
-        return tuple(str(name) for name in json.loads(names.read_text(encoding="utf-8")))
-    seen = set(columns["train"][column])
-    if all(isinstance(label, int) for label in seen):
-        return tuple(str(label) for label in range(max(seen) + 1))
+def _label_names(file: Path) -> tuple[str, ...] | None:
+    if not file.is_file():
+        return None
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    if not isinstance(names, list) or not names or len(set(map(str, names))) != len(names):
+        raise DataError(f"{file} must be a list of different names")
+    return tuple(map(str, names))
+
+
+def _labels_seen(given: Sequence[Any]) -> tuple[str, ...]:
+    """Return the labels of the training rows: 0 to the largest number, or all names, sorted."""
+    seen = {label for label in given if not _is_missing(label)}
+    numbers = [_as_index(label) for label in seen if not isinstance(label, str)]
+    if len(numbers) == len(seen) and None not in numbers:
+        return tuple(str(number) for number in range(max(filter(None, numbers), default=0) + 1))
     return tuple(sorted(map(str, seen)))
+
+
+def _is_missing(label: Any) -> bool:
+    return label is None or label == "" or label != label  # NaN is no label either
+
+
+def _as_index(label: Any) -> int | None:
+    """Return a label that is a whole number, or digits as a CSV file has them."""
+    if isinstance(label, str):
+        return int(label) if label.isdecimal() else None
+    if isinstance(label, bool) or not isinstance(label, int | float) or label != int(label):
+        return None
+    return int(label)
 
 
 def _label_indices(place: str, given: Sequence[Any], labels: tuple[str, ...]) -> NDArray[np.int64]:
     by_name = {name: index for index, name in enumerate(labels)}
     indices = np.empty(len(given), dtype=np.int64)
     for row, label in enumerate(given):
-        index = label if isinstance(label, int) else by_name.get(str(label), -1)
-        if not 0 <= index < len(labels):
+        if _is_missing(label):
+            raise DataError(f"{place}, row {row}: there is no label")
+        index = by_name.get(label) if isinstance(label, str) else None
+        index = _as_index(label) if index is None else index
+        if index is None or not 0 <= index < len(labels):
             shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
             raise DataError(
                 f"{place}, row {row}: label {label!r} is outside the list of {len(labels)} "
@@ -298,14 +367,19 @@ def _label_indices(place: str, given: Sequence[Any], labels: tuple[str, ...]) ->
     return indices
 
 
-_Pictures = dict[str, list[tuple[str, Path | bytes]]]  # split -> (class, picture)
+_Pictures = dict[str, list[tuple[str, Path | ZippedPicture]]]  # split -> (class, picture)
+
+
+def _is_picture(split: str, file: str) -> bool:
+    """Say whether a file counts; hidden ones are the droppings of file managers."""
+    return split in _SPLITS and Path(file).suffix.lower() in _PICTURES and not file.startswith(".")
 
 
 def _folder_pictures(path: Path) -> _Pictures:
     found: _Pictures = {}
     for file in sorted(path.glob("*/*/*")):
         split, label = file.parts[-3:-1]
-        if split in _SPLITS and file.suffix.lower() in _PICTURES:
+        if _is_picture(split, file.name):
             found.setdefault(split, []).append((label, file))
     return found
 
@@ -315,8 +389,9 @@ def _zipped_pictures(path: Path) -> _Pictures:
     with zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):
             *_, split, label, file = ("", "", *Path(name).parts)
-            if split in _SPLITS and Path(file).suffix.lower() in _PICTURES:
-                found.setdefault(split, []).append((label, archive.read(name)))
+            if _is_picture(split, file):
+                picture = ZippedPicture(f"{path}: {name}", archive.read(name))
+                found.setdefault(split, []).append((label, picture))
     return found
 
 
@@ -333,10 +408,24 @@ def _image_rows(path: Path, pictures: _Pictures) -> SourceRows:
 
 
 def open_picture(picture: ImageInput) -> Image.Image:
-    """Decode one picture."""
+    """Decode one picture.
+
+    Raises:
+        DataError: it cannot be decoded; the message names it.
+    """
     if isinstance(picture, Image.Image):
         return picture
-    return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+    place, file = (
+        (picture.place, io.BytesIO(picture.content))
+        if isinstance(picture, ZippedPicture)
+        else (str(picture), picture)
+    )
+    try:
+        opened = Image.open(file)
+        opened.load()
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{place} is no picture: {str(error).splitlines()[0]}") from None
+    return opened
 
 
 # --- hub ---------------------------------------------------------------------------------------
@@ -359,9 +448,9 @@ def _read_hub(source: TaskSource) -> SourceRows:
     features = data["train"].features
     if source.image_column in features:
         return _hub_images(source, data)
-    rows = _text_rows(source.hub or "", source, columns)
-    names = getattr(features[source.label_column], "names", None)
-    return SourceRows("text", tuple(names), rows.splits) if names else rows
+    names = getattr(features.get(source.label_column), "names", None)
+    places = {split: f"{source.hub}, split {split}" for split in columns}
+    return _text_rows(places, source, columns, tuple(names) if names else None)
 
 
 def _hub_images(source: TaskSource, data: Any) -> SourceRows:

@@ -11,6 +11,16 @@ from common.errors import UpdateRefusedError
 Tensors = Mapping[str, Tensor]
 
 
+def head_prefix(task: str) -> str:
+    """Return how the names of a task's head begin; a dot in the task's name is written `%2E`."""
+    return f"head.{task.replace('%', '%25').replace('.', '%2E')}."
+
+
+def task_of_head(name: str) -> str:
+    """Return the task that the head tensor called `name` belongs to."""
+    return name.split(".")[1].replace("%2E", ".").replace("%25", "%")
+
+
 def weighted_mean(weights: Sequence[float], members: Sequence[Tensors]) -> dict[str, Tensor]:
     """Return `Σ w_k x_k / Σ w_k`, name by name, over the members that hold the name.
 

@@ -5,11 +5,13 @@ round) over client numbers, replies are reduced in client order, and a reply tha
 or refused is named in the record while the round goes on without it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategyBase
@@ -308,7 +310,7 @@ class FedcopraStrategy(FlowerStrategyBase):
             return status | {"status": "refused", "reason": str(error)}, None
         status |= {
             "num_examples": outcome.num_examples,
-            "loss": outcome.loss,
+            "loss": outcome.loss if math.isfinite(outcome.loss) else None,
             "seconds": outcome.seconds,
         }
         complete = {**sent.tensors, **tensors}
@@ -323,6 +325,9 @@ class FedcopraStrategy(FlowerStrategyBase):
             if part_of(name) in self._trains
         }
         check_update(tensors, expected)
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise UpdateRefusedError(f"{name} has dtype {tensor.dtype}, not torch.float32")
 
     def _note_weights(
         self,

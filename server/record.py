@@ -5,6 +5,7 @@ not at all.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,9 +95,18 @@ def write_run(folder: Path, record: Mapping[str, Any], served: Sequence[Served])
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON that a person can read; NaN is refused, since JSON has none."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    """Write JSON that a person can read; what is NaN or infinite becomes null."""
+    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
     file.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    """Replace numbers that JSON does not have, as a run that diverged leaves them."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Experiment, dict[str, Tensor]]:

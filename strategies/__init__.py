@@ -99,6 +99,12 @@ def resolve(experiment: Experiment) -> Strategy:
     options = _options(experiment, name)
     _refuse_impossible(experiment, name, method)
     strategy = method.build(options, setting_of(experiment))
+    tasks = len(experiment.task.sources)
+    if 0 < strategy.probe_examples < 2 * tasks:
+        raise ConfigError(
+            f"strategy.{name}.probe_examples = {strategy.probe_examples}: the probe has two "
+            f"halves, so that {tasks} tasks need at least {2 * tasks}; or choose 0 for no probe"
+        )
     if strategy.probe_examples > experiment.task.probe_examples:
         raise ConfigError(
             f"strategy.{name}.probe_examples = {strategy.probe_examples}: the server keeps only "

@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from common.lowrank import Term, adapted_modules, factor_names
 from common.seeds import torch_generator
-from common.tensors import Tensors, weighted_mean
+from common.tensors import Tensors, head_prefix, weighted_mean
 
 
 class Options(BaseModel):
     """Base of every strategy's options: frozen, strict, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def for_task(tensors: Tensors, task: str) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if not name.startswith("head.") or name.startswith(f"head.{task}.")
+        if not name.startswith("head.") or name.startswith(head_prefix(task))
     }
 
 

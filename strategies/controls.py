@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.adapters import residual_name
 from common.lowrank import Span, Term, adapted_modules, balanced_factors, factor_names
-from common.tensors import Tensors
+from common.tensors import Tensors, task_of_head
 from strategies.base import (
     Assignment,
     Client,
@@ -70,7 +70,7 @@ def _common(state: Tensors) -> dict[str, Tensor]:
 
 
 def _served_alone(tensors: dict[str, Tensor]) -> Served:
-    task = next(name.split(".")[1] for name in tensors if name.startswith("head."))
+    task = next(task_of_head(name) for name in tensors if name.startswith("head."))
     return Served(tensors, Term.of(tensors, adapted_modules(tensors)[0]).rank, task)
 
 

@@ -143,7 +143,9 @@ class _Merger:
     def length_limits(self, weights: Sequence[float], limit: float) -> list[float]:
         """Return for each client the factor (at most 1) that brings its increment to the limit."""
         lengths = [self._increment_norm(k) for k in range(len(weights))]
-        bound = limit * statistics.median(lengths)
+        # Of those that trained, up to rounding: if most are idle, the others are no outliers.
+        active = [length for length in lengths if length > 1e-6 * max(lengths)]
+        bound = limit * statistics.median(active or [0.0])
         return [min(1.0, bound / length) if length > 0 else 1.0 for length in lengths]
 
     def _increment_norm(self, client: int) -> float:

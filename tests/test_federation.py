@@ -1,0 +1,692 @@
+"""Whole runs on a tiny ViT: the same on any schedule of work, and sound when clients are not."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from torch import Tensor
+from torch.nn import functional
+
+from clients.app import app as client_app
+from clients.training import LocalRun
+from common.adapters import is_residual, part_of
+from common.config import Experiment
+from common.errors import FedcopraError
+from common.lowrank import is_factor
+from common.messages import (
+    Outcome,
+    Plan,
+    count_bytes,
+    pack_update,
+    unpack_instruction,
+    unpack_update,
+)
+from common.tensors import Tensors, digest, weighted_mean
+from server.evaluation import Evaluator
+from server.flower_strategy import Outcomes, choose_cohort, digest_of, run_federation
+from server.local_grid import LocalGrid
+from server.record import build_record, read_run, write_run
+from server.simulation import Finished, simulate
+from strategies import STRATEGIES
+from strategies.base import Served
+
+Build = Callable[..., Experiment]
+Clients = Callable[[Message, Context], Message]
+Fault = Callable[[Outcome, dict[str, Tensor]], RecordDict]
+
+
+def ignore(*_: Any) -> None:
+    """Take no notice of progress."""
+
+
+def run(experiment: Experiment, clients: Clients = client_app) -> Outcomes:
+    """Run a federation in this process, with these clients."""
+    grid = LocalGrid(clients, experiment.partition.clients)  # type: ignore[arg-type]
+    return run_federation(grid, experiment, Evaluator(experiment), ignore)
+
+
+def statuses(row: Mapping[str, Any]) -> dict[int, str]:
+    return {client["client"]: client["status"] for client in row["clients"]}
+
+
+@dataclass
+class Observed:
+    """Clients that do their work and let every message be seen."""
+
+    sent: list[tuple[Plan, dict[str, Tensor], RecordDict]]
+    returned: list[tuple[Outcome, dict[str, Tensor], RecordDict]]
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type == "train":
+            self.sent.append((*unpack_instruction(message.content), message.content))
+            self.returned.append((*unpack_update(reply.content), reply.content))
+        return reply
+
+
+def observed() -> Observed:
+    return Observed([], [])
+
+
+def faulty(client: int, fault: Fault, rounds: Sequence[int] = (1, 2)) -> Clients:
+    """Clients of which one returns something else, in these rounds."""
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type == "train":
+            plan, _ = unpack_instruction(message.content)
+            if plan.client == client and plan.round in rounds:
+                return Message(fault(*unpack_update(reply.content)), reply_to=message)
+        return reply
+
+    return answer
+
+
+def failing(clients: Sequence[int], rounds: Sequence[int] = (1, 2)) -> Clients:
+    """Clients of which some raise, in these rounds."""
+
+    def answer(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            plan, _ = unpack_instruction(message.content)
+            if plan.client in clients and plan.round in rounds:
+                raise OSError("the disk of this client is full")
+        return client_app(message, context)
+
+    return answer
+
+
+# --- the same numbers every time ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_a_run_repeats_to_the_bit(digits_experiment: Build, name: str) -> None:
+    experiment = digits_experiment(strategy__name=name, copra__enabled=True, adapter__dropout=0.1)
+    torch.manual_seed(1)
+    first = run(experiment)
+    torch.manual_seed(2)
+    again = run(experiment)
+    assert again.digest == first.digest
+    assert [row["loss"] for row in again.rounds] == [row["loss"] for row in first.rounds]
+
+
+def test_the_order_of_runs_in_one_process_does_not_matter(digits_experiment: Build) -> None:
+    """Nothing is left behind in the shared model: ranks, residuals, frozen parts, switches."""
+    experiments = [
+        digits_experiment(strategy__name="fedavg"),
+        digits_experiment(strategy__name="ffa-lora", copra__enabled=True),
+        digits_experiment(strategy__name="dense-oracle"),
+        digits_experiment(strategy__name="copra-merge", adapter__ranks=[2, 4]),
+        digits_experiment(strategy__name="local-only", adapter__ranks=[2, 4]),
+        digits_experiment(strategy__name="centralised"),
+    ]
+    forward = [done.outcomes.digest for done in simulate(experiments, ignore)]
+    backward = [done.outcomes.digest for done in simulate(experiments[::-1], ignore)]
+    assert backward[::-1] == forward
+    assert len(set(forward)) == len(forward)
+
+
+@pytest.mark.parametrize("key", ["federation__seed", "train__learning_rate", "adapter__alpha"])
+def test_what_decides_a_run_changes_its_digest(digits_experiment: Build, key: str) -> None:
+    value = {"federation__seed": 1, "train__learning_rate": 0.01, "adapter__alpha": 5.0}[key]
+    assert run(digits_experiment(**{key: value})).digest != run(digits_experiment()).digest
+
+
+def test_copra_changes_the_outcome_but_not_the_start(digits_experiment: Build) -> None:
+    without = run(digits_experiment(copra__enabled=False))
+    dropped = run(digits_experiment(copra__enabled=True, copra__initial=0.0))
+    assert dropped.start == without.start
+    assert dropped.digest != without.digest
+
+
+def test_all_strategies_start_from_the_same_model(digits_experiment: Build) -> None:
+    for name in STRATEGIES:
+        start = run(digits_experiment(strategy__name=name, federation__rounds=1)).start
+        assert start == run(digits_experiment(federation__rounds=1)).start, name
+
+
+@pytest.mark.ray
+def test_the_number_of_workers_does_not_matter(digits_experiment: Build) -> None:
+    """None, one, two and four: more than there are cores, here and there."""
+
+    def digests(workers: int) -> list[str]:
+        settings = {"partition__clients": 4, "federation__workers": workers}
+        experiments = [
+            digits_experiment(**settings, strategy__name="fedavg", copra__enabled=True),
+            digits_experiment(
+                **settings,
+                strategy__name="copra-merge",
+                adapter__ranks=[2, 4],
+                adapter__dropout=0.1,
+            ),
+            digits_experiment(**settings, strategy__name="dense-oracle"),
+        ]
+        return [done.outcomes.digest for done in simulate(experiments, ignore)]
+
+    expected = digests(0)
+    for workers in (1, 2, 4):
+        assert digests(workers) == expected, workers
+
+
+# --- the cohort -----------------------------------------------------------------------------------
+
+
+def test_the_cohort_follows_from_seed_and_round_alone(digits_experiment: Build) -> None:
+    settings = {"partition__clients": 10, "federation__fraction": 0.4}
+    base = digits_experiment(**settings)
+    cohorts = [choose_cohort(base, number) for number in range(1, 9)]
+    torch.manual_seed(0)
+    for other in (
+        digits_experiment(**settings, strategy__name="copra-merge"),
+        digits_experiment(**settings, adapter__rank=2, train__local_steps=7),
+        digits_experiment(**settings, federation__rounds=9),
+    ):
+        assert [choose_cohort(other, number) for number in range(1, 9)] == cohorts
+    assert len({tuple(cohort) for cohort in cohorts}) > 1
+    reseeded = digits_experiment(**settings, federation__seed=1)
+    assert [choose_cohort(reseeded, number) for number in range(1, 9)] != cohorts
+    for cohort in cohorts:
+        assert cohort == sorted(set(cohort))
+        assert len(cohort) == 4
+        assert set(cohort) <= set(range(10))
+
+
+def test_every_client_is_chosen_sooner_or_later(digits_experiment: Build) -> None:
+    experiment = digits_experiment(partition__clients=10, federation__fraction=0.2)
+    chosen = [client for r in range(1, 101) for client in choose_cohort(experiment, r)]
+    # 200 draws of ten: 20 each, give or take four standard deviations.
+    assert all(4 <= chosen.count(client) <= 36 for client in range(10))
+
+
+def test_failures_leave_the_next_cohort_alone(digits_experiment: Build) -> None:
+    experiment = digits_experiment(
+        partition__clients=4, federation__fraction=0.5, federation__rounds=3
+    )
+    seen = observed()
+    run(experiment, seen)
+    asked = [[p.client for p, _, _ in seen.sent if p.round == r] for r in (1, 2, 3)]
+    assert asked == [choose_cohort(experiment, number) for number in (1, 2, 3)]
+    outcomes = run(experiment, failing(asked[0], rounds=[1]))
+    assert [sorted(statuses(row)) for row in outcomes.rounds] == asked
+
+
+# --- clients that fail ----------------------------------------------------------------------------
+
+
+def with_nan(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    name = next(name for name in sorted(tensors) if part_of(name) == "lora_B")
+    tensors[name][2, 1] = float("nan")
+    return pack_update(outcome, tensors)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ffa-lora", "flexlora", "copra-merge", "dense-oracle"])
+def test_nan_is_refused_named_and_left_out_of_the_mean(digits_experiment: Build, name: str) -> None:
+    experiment = digits_experiment(strategy__name=name)
+    outcomes = run(experiment, faulty(1, with_nan))
+    for row in outcomes.rounds:
+        assert statuses(row) == {0: "ok", 1: "refused", 2: "ok"}
+        refused = row["clients"][1]
+        assert "lora_B.weight" in refused["reason"]
+        assert "NaN" in refused["reason"]
+        assert refused["weight"] == 0.0
+        assert sum(client["weight"] for client in row["clients"]) == pytest.approx(1.0)
+    assert outcomes.digest == run(experiment, failing([1])).digest
+    assert outcomes.digest != run(experiment).digest
+
+
+def test_the_mean_without_a_refused_client_is_that_of_the_others(
+    digits_experiment: Build,
+) -> None:
+    experiment = digits_experiment(federation__rounds=1)
+    seen = observed()
+    run(experiment, seen)
+    others = [(o.num_examples, tensors) for o, tensors, _ in seen.returned if o.client != 1]
+    expected = weighted_mean(*map(list, zip(*others, strict=True)))  # type: ignore[arg-type]
+    outcomes = run(experiment, faulty(1, with_nan))
+    assert digest(outcomes.served[0].tensors) == digest(expected)
+
+
+def without_a_tensor(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    tensors.pop(min(tensors))
+    return pack_update(outcome, tensors)
+
+
+def with_a_surprise(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    return pack_update(outcome, {**tensors, "surprise": torch.ones(2)})
+
+
+def with_a_dotted_surprise(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    return pack_update(outcome, {**tensors, "vit.layers.0.bias": torch.ones(2)})
+
+
+def with_a_residual(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    name = "vit.layers.0.attention.q_proj.residual.weight"
+    return pack_update(outcome, {**tensors, name: torch.ones(16, 16)})
+
+
+def transposed(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    name = next(name for name in tensors if is_factor(name))
+    return pack_update(outcome, {**tensors, name: tensors[name].T.contiguous()})
+
+
+def in_float64(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    return pack_update(outcome, {name: tensor.double() for name, tensor in tensors.items()})
+
+
+def in_integers(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    return pack_update(outcome, {name: tensor.long() for name, tensor in tensors.items()})
+
+
+def of_another_client(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    return pack_update(replace(outcome, client=2), tensors)
+
+
+def of_no_examples(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    return pack_update(replace(outcome, num_examples=0), tensors)
+
+
+def with_a_loss_that_is_no_number(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    return pack_update(replace(outcome, loss=float("nan")), tensors)
+
+
+def nothing(_: Outcome, __: dict[str, Tensor]) -> RecordDict:
+    return RecordDict()
+
+
+def only_tensors(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
+    content = pack_update(outcome, tensors)
+    return RecordDict({"tensors": content["tensors"]})
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (without_a_tensor, "missing"),
+        (with_a_surprise, "surprise"),
+        (with_a_dotted_surprise, "vit.layers.0.bias"),
+        (with_a_residual, "residual"),
+        (transposed, "shape"),
+        (of_another_client, "client 2"),
+        (of_no_examples, "num-examples = 0"),
+        (nothing, "cannot be read"),
+        (only_tensors, "cannot be read"),
+    ],
+)
+def test_a_reply_that_is_not_what_was_asked_for_is_refused_and_the_run_goes_on(
+    digits_experiment: Build, fault: Fault, says: str
+) -> None:
+    experiment = digits_experiment()
+    outcomes = run(experiment, faulty(1, fault, rounds=[1]))
+    assert [statuses(row)[1] for row in outcomes.rounds] == ["refused", "ok"]
+    assert says in outcomes.rounds[0]["clients"][1]["reason"]
+    assert outcomes.digest == run(experiment, failing([1], rounds=[1])).digest
+
+
+@pytest.mark.parametrize("fault", [in_float64, in_integers])
+@pytest.mark.parametrize("name", ["fedavg", "ffa-lora"])
+def test_a_reply_in_another_dtype_does_not_change_what_is_served(
+    digits_experiment: Build, fault: Fault, name: str
+) -> None:
+    """States are float32, and twice the bytes of one client must not become those of all."""
+    experiment = digits_experiment(strategy__name=name)
+    outcomes = run(experiment, faulty(0, fault, rounds=[1]))
+    assert {t.dtype for t in outcomes.served[0].tensors.values()} == {torch.float32}
+    plain = run(experiment)
+    assert (
+        outcomes.rounds[1]["bytes"]["down"]["adapter"]
+        == (plain.rounds[1]["bytes"]["down"]["adapter"])
+    )
+
+
+def test_a_loss_that_is_no_number_does_not_spoil_the_record(digits_experiment: Build) -> None:
+    """JSON has no NaN: one client's bad loss would cost the whole run at its very end."""
+    outcomes = run(digits_experiment(), faulty(1, with_a_loss_that_is_no_number, rounds=[1]))
+    assert json.dumps(outcomes.rounds, allow_nan=False)
+
+
+def test_a_client_that_raises_is_named_with_its_reason(digits_experiment: Build) -> None:
+    outcomes = run(digits_experiment(), failing([2], rounds=[1]))
+    failed = outcomes.rounds[0]["clients"][2]
+    assert failed["status"] == "failed"
+    assert "the disk of this client is full" in failed["reason"]
+    assert "\n" not in failed["reason"]
+    assert (failed["loss"], failed["weight"]) == (None, 0.0)
+    assert statuses(outcomes.rounds[0]) == {0: "ok", 1: "ok", 2: "failed"}
+    assert statuses(outcomes.rounds[1]) == {0: "ok", 1: "ok", 2: "ok"}
+
+
+class LossyGrid(LocalGrid):
+    """Loses the reply of one node."""
+
+    lost = 3  # node ids start from 2: client 1
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        replies = super().send_and_receive(messages, timeout=timeout)
+        return [
+            reply
+            for reply in replies
+            if reply.metadata.message_type != "train" or reply.metadata.src_node_id != self.lost
+        ]
+
+
+def test_a_client_that_never_answers_is_named_as_missing(digits_experiment: Build) -> None:
+    experiment = digits_experiment()
+    grid = LossyGrid(client_app, 3)
+    outcomes = run_federation(grid, experiment, Evaluator(experiment), ignore)
+    for row in outcomes.rounds:
+        assert statuses(row) == {0: "ok", 1: "missing", 2: "ok"}
+        assert "3600" in row["clients"][1]["reason"]
+    assert outcomes.digest == run(experiment, failing([1])).digest
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_if_all_clients_fail_the_model_stays(digits_experiment: Build, name: str) -> None:
+    experiment = digits_experiment(strategy__name=name)
+    outcomes = run(experiment, failing([0, 1, 2]))
+    assert len(outcomes.rounds) == 2
+    for row in outcomes.rounds:
+        assert set(statuses(row).values()) == {"failed"}
+        assert (row["accuracy"], row["loss"]) == (outcomes.start.accuracy, outcomes.start.loss)
+        assert row["aggregation_error"] is None
+        assert "stays" in row["merge"]["decision"]
+    initial = Evaluator(experiment).initial()
+    (served,) = outcomes.served
+    factors = {name: tensor for name, tensor in served.tensors.items() if not is_residual(name)}
+    assert digest(factors) == digest(initial)
+
+
+def test_one_bad_round_costs_only_itself(digits_experiment: Build) -> None:
+    outcomes = run(digits_experiment(federation__rounds=3), failing([0, 1, 2], rounds=[2]))
+    assert outcomes.rounds[1]["loss"] == outcomes.rounds[0]["loss"]
+    assert outcomes.rounds[2]["loss"] != outcomes.rounds[1]["loss"]
+
+
+# --- what travels ---------------------------------------------------------------------------------
+
+
+def numbers(tensors: Tensors, *parts: str) -> int:
+    return sum(tensor.numel() for name, tensor in tensors.items() if part_of(name) in parts)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_bytes_are_those_of_the_messages_by_kind(digits_experiment: Build, name: str) -> None:
+    experiment = digits_experiment(strategy__name=name)
+    seen = observed()
+    outcomes = run(experiment, seen)
+    assert [row["round"] for row in outcomes.rounds] == [1, 2]
+    for row in outcomes.rounds:
+        down = [(t, content) for plan, t, content in seen.sent if plan.round == row["round"]]
+        half = len(seen.returned) // 2
+        up = [(t, content) for _, t, content in seen.returned[(row["round"] - 1) * half :][:half]]
+        for direction, messages in (("down", down), ("up", up)):
+            counted = row["bytes"][direction]
+            factors = sum(numbers(tensors, "lora_A", "lora_B") for tensors, _ in messages)
+            assert counted["adapter"] == 4 * factors
+            assert counted["head"] == 4 * sum(numbers(tensors, "head") for tensors, _ in messages)
+            residuals = sum(numbers(tensors, "residual") for tensors, _ in messages)
+            assert counted.get("residual", 0) == 8 * residuals
+            total = sum(count_bytes(content, tensors)["total"] for tensors, content in messages)
+            assert counted["total"] == total
+            kinds = {kind: n for kind, n in counted.items() if kind != "total"}
+            assert counted["total"] == sum(kinds.values())
+            assert counted["protocol"] > 0
+
+
+def test_bytes_are_counted_on_the_serialised_form(digits_experiment: Build) -> None:
+    from flwr.common.serde import recorddict_to_proto
+
+    seen = observed()
+    run(digits_experiment(federation__rounds=1), seen)
+    _, tensors, content = seen.sent[0]
+    length = len(recorddict_to_proto(content).SerializeToString())
+    counted = count_bytes(content, tensors)
+    assert counted["total"] == length
+    assert counted["adapter"] + counted["head"] < length
+
+
+def test_ffa_lora_sends_no_a(digits_experiment: Build) -> None:
+    """Per client and direction: 8 modules of 16x16 at rank 4, B alone; a head of 10x16 + 10."""
+    seen = observed()
+    outcomes = run(digits_experiment(strategy__name="ffa-lora"), seen)
+    for _, tensors, _ in [*seen.sent, *seen.returned]:
+        assert {part_of(name) for name in tensors} == {"lora_B", "head"}
+    for row in outcomes.rounds:
+        for direction in ("up", "down"):
+            assert row["bytes"][direction]["adapter"] == 3 * 8 * 16 * 4 * 4
+            assert row["bytes"][direction]["head"] == 3 * 170 * 4
+    whole = run(digits_experiment(strategy__name="fedavg"))
+    assert whole.rounds[0]["bytes"]["up"]["adapter"] == 2 * 3 * 8 * 16 * 4 * 4
+
+
+def test_a_head_that_is_not_trained_neither_travels_nor_changes(digits_experiment: Build) -> None:
+    experiment = digits_experiment(adapter__train_head=False)
+    seen = observed()
+    outcomes = run(experiment, seen)
+    for _, tensors, _ in [*seen.sent, *seen.returned]:
+        assert {part_of(name) for name in tensors} == {"lora_A", "lora_B"}
+    initial = Evaluator(experiment).initial()
+    for name, tensor in outcomes.served[0].tensors.items():
+        assert torch.equal(tensor, initial[name]) == (part_of(name) == "head")
+
+
+def test_clients_of_unequal_ranks_get_and_return_their_own(digits_experiment: Build) -> None:
+    seen = observed()
+    run(digits_experiment(strategy__name="copra-merge", adapter__ranks=[2, 4, 1]), seen)
+    messages = [(plan.client, t) for plan, t, _ in seen.sent]
+    messages += [(outcome.client, t) for outcome, t, _ in seen.returned]
+    for client, tensors in messages:
+        rank = [2, 4, 1][client]
+        assert numbers(tensors, "lora_A", "lora_B") == 8 * 2 * 16 * rank
+
+
+def test_clients_report_the_rows_they_hold(digits_experiment: Build) -> None:
+    seen = observed()
+    outcomes = run(digits_experiment(partition__kind="dirichlet"), seen)
+    held = {outcome.client: outcome.num_examples for outcome, _, _ in seen.returned}
+    assert sum(held.values()) == 200
+    assert len(set(held.values())) > 1
+    for row in outcomes.rounds:
+        for client in row["clients"]:
+            assert client["num_examples"] == held[client["client"]]
+            assert client["weight"] == pytest.approx(held[client["client"]] / 200)
+
+
+# --- the controls ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local_runs(monkeypatch: pytest.MonkeyPatch) -> list[LocalRun]:
+    """What every local training was told, in order."""
+    from clients import app
+
+    runs: list[LocalRun] = []
+    plain = app.train_locally
+
+    def note(model: Any, rows: Any, run: LocalRun, *rest: Any) -> float:
+        runs.append(run)
+        return plain(model, rows, run, *rest)
+
+    monkeypatch.setattr(app, "train_locally", note)
+    return runs
+
+
+@pytest.mark.parametrize("name", ["fedavg", "centralised"])
+def test_training_walks_its_schedule_once_from_start_to_end(
+    digits_experiment: Build, local_runs: list[LocalRun], name: str
+) -> None:
+    """The keep probability and the learning rate follow the steps that are really taken."""
+    run(digits_experiment(strategy__name=name, federation__rounds=3))
+    each = 3 if name == "fedavg" else 1
+    by_round = [local_runs[start : start + each] for start in range(0, 3 * each, each)]
+    position = 0
+    for runs in by_round:
+        for one in runs:
+            assert one.first_step == position
+        position += runs[0].steps
+    assert {one.total_steps for one in local_runs} == {position}
+
+
+def test_the_centralised_control_sees_all_rows_and_takes_all_steps(
+    digits_experiment: Build, local_runs: list[LocalRun]
+) -> None:
+    outcomes = run(digits_experiment(strategy__name="centralised"))
+    assert [one.steps for one in local_runs] == [6, 6]
+    for row in outcomes.rounds:
+        assert [client["num_examples"] for client in row["clients"]] == [200]
+
+
+# --- several tasks --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Two tasks of unlike label counts; folders carry dots in their names, as versions do."""
+    place = tmp_path_factory.mktemp("tasks")
+    words = ["good film", "bad film", "dull book", "slow book", "very good book", "not bad"]
+    for name, labels in (("reviews-1.0", 2), ("genres-1.5", 3)):
+        (place / name).mkdir()
+        rows = [
+            {"text": f"the {words[k % 6]} {'very ' * (k // 6)}", "label": k % labels}
+            for k in range(60)
+        ]
+        (place / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [{"path": str(place / name)} for name in ("reviews-1.0", "genres-1.5")]
+
+
+@pytest.mark.parametrize("name", [name for name, m in STRATEGIES.items() if m.by_task])
+def test_a_federation_of_several_tasks_trains_every_head(
+    digits_experiment: Build, bert_folder: Path, text_tasks: list[dict[str, str]], name: str
+) -> None:
+    experiment = digits_experiment(
+        task__members=text_tasks,
+        task__limit=0,
+        task__probe_examples=12,
+        partition__kind="by-task",
+        partition__clients=4,
+        backbone__path=str(bert_folder),
+        **{"strategy__name": name, "strategy__copra-merge__probe_examples": 12},
+    )
+    outcomes = run(experiment)
+    assert outcomes.start.tasks.keys() == {"reviews-1.0", "genres-1.5"}
+    for row in outcomes.rounds:
+        assert row["tasks"].keys() == {"reviews-1.0", "genres-1.5"}
+        mean = sum(task["accuracy"] for task in row["tasks"].values()) / 2
+        assert row["accuracy"] == pytest.approx(mean)
+    initial = Evaluator(experiment).initial()
+    for model in outcomes.served:
+        for head in (n for n in model.tensors if n.startswith("head.")):
+            assert not torch.equal(model.tensors[head], initial[head]), head
+
+
+def test_a_probe_smaller_than_the_number_of_tasks_is_refused_or_works(
+    digits_experiment: Build, bert_folder: Path, text_tasks: list[dict[str, str]]
+) -> None:
+    settings = {
+        "task__members": text_tasks,
+        "task__limit": 0,
+        "partition__kind": "by-task",
+        "partition__clients": 4,
+        "backbone__path": str(bert_folder),
+        "strategy__name": "copra-merge",
+        "strategy__copra-merge__probe_examples": 1,
+        "task__probe_examples": 12,
+    }
+    refusals = []
+    try:
+        run(digits_experiment(**settings))
+    except FedcopraError as refusal:
+        refusals.append(str(refusal))
+    assert all("probe_examples" in refusal for refusal in refusals)
+
+
+# --- scores and records ---------------------------------------------------------------------------
+
+
+def test_scores_are_of_the_held_out_rows(digits_experiment: Build) -> None:
+    """The same sums, made by hand, for test and for validation."""
+    from common.features import extract_features
+
+    for split in ("test", "validation"):
+        experiment = digits_experiment(task__evaluate_on=split)
+        evaluator = Evaluator(experiment)
+        (task,) = evaluator.tasks
+        model, state = evaluator.model, evaluator.initial()
+        scores = evaluator.evaluate([Served(state, 4)])
+        rows = extract_features(model.backbone, "image", getattr(task, split))
+        model.load(state, 4, task)
+        batch = rows.batch(torch.arange(len(rows)), model.backbone.device)
+        with torch.no_grad():
+            logits = model.logits(batch)
+        right = (logits.argmax(dim=1) == batch.labels).double().mean()
+        assert scores.accuracy == pytest.approx(float(right), abs=1e-12)
+        loss = functional.cross_entropy(logits, batch.labels)
+        assert scores.loss == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_the_probe_gives_the_losses_of_its_own_rows_in_order(digits_experiment: Build) -> None:
+    from common.features import extract_features
+
+    experiment = digits_experiment()
+    evaluator = Evaluator(experiment)
+    (task,) = evaluator.tasks
+    state = evaluator.initial()
+    probe = evaluator.probe(40, 4)
+    assert probe is not None
+    rows = extract_features(evaluator.model.backbone, "image", task.probe)
+    evaluator.model.load(state, 4, task)
+    batch = rows.batch(torch.arange(40), evaluator.model.backbone.device)
+    with torch.no_grad():
+        losses = functional.cross_entropy(
+            evaluator.model.logits(batch), batch.labels, reduction="none"
+        )
+    torch.testing.assert_close(probe(state, slice(None)), losses, rtol=0, atol=1e-5)
+    for part in (slice(0, None, 2), slice(1, None, 2)):
+        torch.testing.assert_close(probe(state, part), losses[part], rtol=0, atol=1e-5)
+    assert evaluator.probe(0, 4) is None
+
+
+def finished(experiment: Experiment, clients: Clients = client_app) -> Finished:
+    return Finished(experiment, run(experiment, clients), Evaluator(experiment))
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_a_record_is_plain_json_and_can_be_read_again(
+    digits_experiment: Build, tmp_path: Path, name: str
+) -> None:
+    experiment = digits_experiment(strategy__name=name)
+    done = finished(experiment, failing([1], rounds=[1]))
+    record = build_record(done, "a label")
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    write_run(tmp_path, record, done.outcomes.served)
+    again, read, tensors = read_run(tmp_path)
+    assert again == record
+    assert read == experiment
+    assert record["digest"] == digest_of(done.outcomes.served)
+    served = [model.tensors for model in done.outcomes.served]
+    prefix = [f"model.{k}/" if len(served) > 1 else "" for k in range(len(served))]
+    flat = {p + n: t for p, model in zip(prefix, served, strict=True) for n, t in model.items()}
+    assert digest(tensors) == digest(flat)
+
+
+def test_a_run_that_diverged_can_still_be_recorded(
+    digits_experiment: Build, tmp_path: Path
+) -> None:
+    """One huge step leaves finite factors whose logits overflow; JSON has no NaN."""
+    experiment = digits_experiment(train__learning_rate=1e25, train__local_steps=1)
+    done = finished(experiment)
+    write_run(tmp_path, build_record(done, "diverged"), done.outcomes.served)
+    record, _, _ = read_run(tmp_path)
+    assert record["rounds"]
+
+
+def test_progress_is_told_after_every_round(digits_experiment: Build) -> None:
+    told: list[tuple[int, int]] = []
+    experiments = [digits_experiment(), digits_experiment(strategy__name="flexlora")]
+    simulate(experiments, lambda index, row: told.append((index, row["round"])))
+    assert told == [(0, 1), (0, 2), (1, 1), (1, 2)]

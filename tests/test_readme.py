@@ -1,0 +1,97 @@
+"""The README's commands, on a fresh clone."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# One small round instead of a whole run; the commands are otherwise the README's own.
+BRIEF = "--set federation.rounds=1 --set train.local_steps=2 --set task.limit=400"
+
+
+def readme_commands() -> list[str]:
+    """Return every line of the README's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def run(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def clone(folder: Path) -> Path:
+    """Clone what is committed, as a newcomer gets it."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: there is nothing to clone")
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fresh_clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone whose environment borrows this one's libraries: installing them takes minutes."""
+    folder = clone(tmp_path_factory.mktemp("fresh") / "fedcopra")
+    subprocess.run([sys.executable, "-m", "venv", str(folder / ".venv")], check=True)
+    [site] = (folder / ".venv" / "lib").glob("python*/site-packages")
+    # Listed after the clone's own installation, which therefore wins.
+    (site / "zz_borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    run(".venv/bin/pip install --quiet --no-deps --no-build-isolation -e .", folder)
+    (folder / ".venv" / ".installed").touch()
+    return folder
+
+
+def test_readme_shows_the_two_commands_that_set_everything_up() -> None:
+    assert {"make demo", "make test"} <= set(readme_commands())
+
+
+def test_make_demo_on_a_fresh_clone(fresh_clone: Path) -> None:
+    run(f"make demo DEMO_FLAGS='--seeds 0 --set federation.workers=0 {BRIEF}'", fresh_clone)
+    report = (fresh_clone / "runs" / "demo" / "report.html").read_text(encoding="utf-8")
+    assert "copra-merge" in report
+    assert (fresh_clone / "runs" / "demo" / "comparison.json").is_file()
+
+
+@pytest.mark.ray
+def test_every_fedcopra_command_of_the_readme(fresh_clone: Path) -> None:
+    commands = [line for line in readme_commands() if line.startswith("fedcopra")]
+    assert {line.split()[1] for line in commands} >= {
+        "simulate",
+        "compare",
+        "report",
+        "export",
+        "list",
+    }
+    for command in commands:
+        if "FOLDER" in command or "COMMAND" in command:
+            continue  # needs data that are not here
+        brief = f" {BRIEF}" if command.split()[1] in ("simulate", "compare") else ""
+        run(command + brief, fresh_clone)
+    assert (fresh_clone / "both.html").is_file()
+    assert (fresh_clone / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_make_demo_installs_everything_and_ends_in_time(tmp_path: Path) -> None:
+    folder = clone(tmp_path / "fedcopra")
+    done = run("make demo", folder)
+    assert (folder / "runs" / "demo" / "report.html").is_file()
+    assert "open runs/demo/report.html" in done.stdout
+    shutil.rmtree(folder)

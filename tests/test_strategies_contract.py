@@ -1,0 +1,469 @@
+"""What every strategy must do, over the whole table: a new method joins with no line here."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+from toy_federation import (
+    HEAD,
+    MODULES,
+    assert_close,
+    assert_same_models,
+    build,
+    client,
+    cohort,
+    common_start,
+    delta_of,
+    deltas,
+    drift,
+    heads,
+    idle,
+    play,
+    scale,
+    updates_of,
+)
+
+from common.adapters import is_residual, residual_name
+from common.lowrank import factor_names
+from common.tensors import Tensors, digest
+from strategies import STRATEGIES
+from strategies.base import Client, Probe, Strategy, Update
+
+ALL = list(STRATEGIES)
+UNEQUAL = [name for name, method in STRATEGIES.items() if method.unequal_ranks]
+BY_TASK = [name for name, method in STRATEGIES.items() if method.by_task]
+
+
+def averages(name: str) -> bool:
+    """Say whether a method makes one model of several updates: all but two of the controls."""
+    strategy = build(name)
+    updates = updates_of(strategy, strategy.start(common_start()), cohort(0, 1), drift(0))
+    return len(updates) > 1 and len(strategy.serve(play(strategy, [cohort(0, 1)]))) == 1
+
+
+AVERAGING = [name for name in ALL if averages(name)]
+FULL = (0, 1, 2, 3)
+
+
+def test_all_but_controls_average() -> None:
+    """Guards this file: a method that falls out of AVERAGING would not be tested."""
+    assert {name for name in ALL if not STRATEGIES[name].control} <= set(AVERAGING)
+
+
+# --- shape of what is sent, kept and served ------------------------------------------------------
+
+
+def expected_shapes(rank: int, tasks: Sequence[str] = ("toy",)) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, (m, n) in MODULES.items():
+        name_B, name_A = factor_names(module)
+        shapes |= {name_B: (m, rank), name_A: (rank, n)}
+    return shapes | {f"head.{task}.{name}": shape for task in tasks for name, shape in HEAD.items()}
+
+
+def assert_well_formed(tensors: Tensors, rank: int, tasks: Sequence[str] = ("toy",)) -> None:
+    """A complete model: names, shapes, float32, finite; beside it at most full residuals."""
+    model = {name: tensor for name, tensor in tensors.items() if not is_residual(name)}
+    assert {name: tuple(t.shape) for name, t in model.items()} == expected_shapes(rank, tasks)
+    assert {t.dtype for t in model.values()} == {torch.float32}
+    residuals = {name: tuple(t.shape) for name, t in tensors.items() if is_residual(name)}
+    assert residuals.items() <= {residual_name(m): size for m, size in MODULES.items()}.items()
+    for name, tensor in tensors.items():
+        assert bool(torch.isfinite(tensor).all()), name
+        assert tensor.is_contiguous(), name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_names_shapes_and_dtypes_are_kept(name: str) -> None:
+    strategy = build(name)
+    for rounds in range(4):
+        state = (
+            play(strategy, [cohort(*FULL)] * rounds) if rounds else strategy.start(common_start())
+        )
+        for who in cohort(*FULL):
+            assert_well_formed(strategy.send(state, who), who.rank)
+        for model in strategy.serve(state):
+            assert_well_formed(model.tensors, model.rank)
+            assert model.task in (None, "toy")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_common_start_is_served_unchanged(name: str) -> None:
+    strategy = build(name)
+    served = strategy.serve(strategy.start(common_start()))
+    assert len(served) == 1
+    assert_close(heads(served[0].tensors), heads(common_start()), tolerance=0)
+    for module, delta in deltas(served[0]).items():
+        assert not delta.any(), module
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_client_starts_from_the_common_start(name: str) -> None:
+    strategy = build(name)
+    state = strategy.start(common_start())
+    for who in cohort(*FULL):
+        sent = {n: t for n, t in strategy.send(state, who).items() if not is_residual(n)}
+        assert_close(sent, common_start(), tolerance=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_served_models_can_be_saved_and_are_the_same_afterwards(name: str) -> None:
+    strategy = build(name)
+    for model in strategy.serve(play(strategy, [cohort(*FULL)] * 2)):
+        assert digest(load_bytes(save_bytes(dict(model.tensors)))) == digest(model.tensors)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_state_is_all_there_is(name: str) -> None:
+    """A run resumed from its saved state, by a strategy built anew, goes on as if never stopped."""
+    rounds = [cohort(*FULL), cohort(0, 2), cohort(1, 3)]
+    through = play(build(name), rounds)
+    first = {n: t.clone() for n, t in play(build(name), rounds[:2]).items()}
+    resumed = play(build(name), rounds[2:], train=lambda _: drift(2), state=first)
+    assert digest(resumed) == digest(through)
+
+
+# --- purity ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_merge_is_deterministic_to_the_bit(name: str) -> None:
+    strategy = build(name)
+    state = play(strategy, [cohort(*FULL)])
+    updates = updates_of(strategy, state, cohort(*FULL), drift(5))
+    first = digest(strategy.merge(state, updates, None).state)
+    torch.rand(3)  # the global stream has no say
+    assert digest(strategy.merge(state, updates, None).state) == first
+    assert digest(build(name).merge(state, updates, None).state) == first
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_inputs_are_not_mutated_and_the_global_stream_is_left_alone(name: str) -> None:
+    strategy = build(name)
+    start = common_start()
+    before, random_state = digest(start), torch.random.get_rng_state()
+    state = play(strategy, [cohort(*FULL)], state=strategy.start(start))
+    assert digest(start) == before
+    updates = updates_of(strategy, state, cohort(*FULL), drift(5))
+    held = [state, *(u.tensors for u in updates), *(u.sent for u in updates)]
+    before_merge = [digest(tensors) for tensors in held]
+    merged = strategy.merge(state, updates, None).state
+    strategy.serve(merged)
+    strategy.send(merged, client(0))
+    assert [digest(tensors) for tensors in held] == before_merge
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_client_order_is_irrelevant(name: str) -> None:
+    strategy = build(name)
+    state = play(strategy, [cohort(*FULL)])
+    updates = updates_of(strategy, state, cohort(*FULL), drift(5))
+    expected = strategy.serve(strategy.merge(state, updates, None).state)
+    for order in ([3, 2, 1, 0], [2, 0, 3, 1]):
+        shuffled = [updates[k] for k in order if k < len(updates)]
+        found = strategy.serve(strategy.merge(state, shuffled, None).state)
+        assert_same_models(found, expected)
+
+
+# --- fixed points -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("warm", [0, 2])
+def test_agreeing_clients_are_left_alone(name: str, warm: int) -> None:
+    """All come from one model to one model: that model is served, whatever their weights."""
+    strategy = build(name)
+    state = play(
+        strategy,
+        [cohort(*FULL)] * warm,
+        train=lambda r: drift(r, alike=True),
+        state=strategy.start(common_start()),
+    )
+    updates = updates_of(strategy, state, cohort(*FULL), drift(9, alike=True))
+    served = strategy.serve(strategy.merge(state, updates, None).state)
+    for model in served:
+        expected = {m: delta_of(updates[0].tensors, m, scale(4)) for m in MODULES}
+        assert_close(deltas(model), expected)
+        assert_close(heads(model.tensors), heads(updates[0].tensors))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("back", [(0, 1, 2, 3), (1, 3)])
+def test_clients_that_return_what_they_were_sent_change_nothing(
+    name: str, back: tuple[int, ...]
+) -> None:
+    strategy = build(name)
+    state = play(strategy, [cohort(*FULL)] * 2)
+    later = play(strategy, [cohort(*back)] * 3, train=lambda _: idle, state=state)
+    assert_same_models(strategy.serve(later), strategy.serve(state))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_idle_clients_leave_the_common_start_alone(name: str) -> None:
+    strategy = build(name)
+    state = play(strategy, [cohort(*FULL)] * 3, train=lambda _: idle)
+    for model in strategy.serve(state):
+        assert not any(bool(delta.any()) for delta in deltas(model).values())
+        assert_close(heads(model.tensors), heads(common_start()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_direction_is_ever_dead(name: str) -> None:
+    """A direction whose two factors are both zero could never be trained again."""
+    strategy = build(name)
+    few = drift(0)
+
+    def one_direction(who: Client, sent: Tensors) -> Tensors:
+        moved = dict(few(who, sent))
+        for module in MODULES:
+            name_B, _ = factor_names(module)
+            moved[name_B] = moved[name_B] * (torch.arange(4) < 1)
+        return moved
+
+    for train in (idle, one_direction):
+        state = play(strategy, [cohort(*FULL)] * 2, train=lambda _, train=train: train)
+        sent = strategy.send(state, client(0))
+        for module in MODULES:
+            name_B, name_A = factor_names(module)
+            alive = sent[name_B].abs().amax(dim=0) + sent[name_A].abs().amax(dim=1)
+            assert bool((alive > 1e-4).all()), (module, alive)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_heads_are_averaged_by_number_of_examples(name: str) -> None:
+    strategy = build(name)
+    state = strategy.start(common_start())
+    updates = updates_of(strategy, state, cohort(*FULL), drift(0))
+    total = sum(u.num_examples for u in updates)
+    assert len({u.num_examples for u in updates}) == 4
+    served = strategy.serve(strategy.merge(state, updates, None).state)[0]
+    for head, tensor in heads(served.tensors).items():
+        mean = sum(u.num_examples * u.tensors[head].double() for u in updates) / total
+        torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-6)
+        assert not torch.equal(tensor, state[head])
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_a_client_with_twice_the_rows_counts_as_two(name: str) -> None:
+    strategy = build(name)
+    state = play(strategy, [cohort(*FULL)])
+    first, second = updates_of(strategy, state, cohort(0, 1), drift(5))
+    twin = Update(client(2), first.num_examples, first.tensors, first.sent)
+    double = Update(first.client, 2 * first.num_examples, first.tensors, first.sent)
+    twice = strategy.serve(strategy.merge(state, [first, second, twin], None).state)
+    at_once = strategy.serve(strategy.merge(state, [double, second], None).state)
+    assert_same_models(twice, at_once)
+    once = strategy.serve(strategy.merge(state, [first, second], None).state)
+    assert float((deltas(once[0])["enc.0.query"] - deltas(twice[0])["enc.0.query"]).norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_only_the_shares_of_examples_count(name: str) -> None:
+    strategy = build(name)
+    state = strategy.start(common_start())
+    updates = updates_of(strategy, state, cohort(*FULL), drift(0))
+    more = [Update(u.client, 7 * u.num_examples, u.tensors, u.sent) for u in updates]
+    expected = strategy.serve(strategy.merge(state, updates, None).state)
+    assert_same_models(strategy.serve(strategy.merge(state, more, None).state), expected)
+
+
+# --- several rounds -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_partial_participation_over_many_rounds_stays_sound(name: str) -> None:
+    strategy = build(name)
+    rounds = [cohort(*who) for who in [(0, 2), (1,), (0, 1, 2, 3), (3,), (0, 3), (1, 2)]]
+    state = strategy.start(common_start())
+    for number, clients in enumerate(rounds):
+        updates = updates_of(strategy, state, clients, drift(number))
+        state = strategy.merge(state, updates, None).state
+        for who in cohort(*FULL):
+            assert_well_formed(strategy.send(state, who), who.rank)
+        for model in strategy.serve(state):
+            assert_well_formed(model.tensors, model.rank)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_training_reaches_what_is_served(name: str) -> None:
+    strategy = build(name)
+    before = strategy.serve(play(strategy, [cohort(*FULL)]))
+    after = strategy.serve(play(strategy, [cohort(*FULL)] * 2))
+    for one, other in zip(before, after, strict=True):
+        for module in MODULES:
+            assert float((deltas(one)[module] - deltas(other)[module]).norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_tiny_or_huge_model_stays_finite(name: str) -> None:
+    for size in (1e-18, 1e12):
+        strategy = build(name)
+
+        def sized(who: Client, sent: Tensors, size: float = size) -> Tensors:
+            return {n: size * t for n, t in drift(0)(who, sent).items()}
+
+        state = play(strategy, [cohort(*FULL)], train=lambda _, sized=sized: sized)
+        for model in strategy.serve(state):
+            assert_well_formed(model.tensors, model.rank)
+
+
+# --- the probe ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_probe_that_sees_no_difference_decides_nothing(name: str) -> None:
+    strategy = build(name)
+    state = play(strategy, [cohort(*FULL)])
+    updates = updates_of(strategy, state, cohort(*FULL), drift(5))
+    found = strategy.merge(state, updates, lambda _, rows: torch.ones(64)[rows]).state
+    assert digest(found) == digest(strategy.merge(state, updates, None).state)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_probe_is_shown_whole_models_of_the_served_rank(name: str) -> None:
+    strategy = build(name)
+    state = play(strategy, [cohort(*FULL)])
+    updates = updates_of(strategy, state, cohort(*FULL), drift(5))
+    rank = strategy.serve(state)[0].rank
+    shown = 0
+
+    def probe(tensors: Tensors, rows: slice) -> Tensor:
+        nonlocal shown
+        shown += 1
+        assert_well_formed(tensors, rank)
+        return torch.full((64,), float(tensors["head.toy.bias"].norm()))[rows]
+
+    checked: Probe = probe
+    strategy.merge(state, updates, checked)
+    assert bool(shown) == bool(strategy.probe_examples)
+
+
+# --- unequal ranks --------------------------------------------------------------------------------
+
+RANKS = (2, 4, 8)
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_unequal_ranks_get_factors_of_their_own_rank(name: str) -> None:
+    strategy = build(name, rank=8)
+    rounds = [cohort(*who, ranks=RANKS) for who in [(0, 1, 2, 3), (0, 3), (1,), (2, 3), (0,)]]
+    for played in range(len(rounds) + 1):
+        start = strategy.start(common_start(8))
+        state = play(strategy, rounds[:played], state=start)
+        for who in cohort(*FULL, ranks=RANKS):
+            assert_well_formed(strategy.send(state, who), who.rank)
+        for model in strategy.serve(state):
+            assert_well_formed(model.tensors, model.rank)
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_at_the_start_a_low_rank_is_a_prefix_of_the_common_start(name: str) -> None:
+    strategy = build(name, rank=8)
+    state = strategy.start(common_start(8))
+    for who in cohort(0, 1, 2, ranks=RANKS):
+        sent = strategy.send(state, who)
+        for module in MODULES:
+            name_B, name_A = factor_names(module)
+            assert torch.equal(sent[name_A], common_start(8)[name_A][: who.rank])
+            assert not sent[name_B].any()
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_agreeing_clients_of_unequal_ranks_are_left_alone(name: str) -> None:
+    """All return one delta, of rank 2, in factors of their own rank and scale."""
+    strategy = build(name, rank=8)
+    stream = torch.Generator().manual_seed(3)
+    wanted = {
+        module: (torch.randn(m, 2, generator=stream), torch.randn(2, n, generator=stream))
+        for module, (m, n) in MODULES.items()
+    }
+
+    def train(who: Client, sent: Tensors) -> Tensors:
+        returned = {name: tensor.clone() for name, tensor in sent.items()}
+        for module, (B, A) in wanted.items():
+            name_B, name_A = factor_names(module)
+            returned[name_B] = torch.zeros_like(sent[name_B])
+            returned[name_B][:, :2], returned[name_A][:2] = B / who.scale, A
+        return returned
+
+    everyone = cohort(0, 1, 2, ranks=RANKS)
+    served = strategy.serve(play(strategy, [everyone], train=lambda _: train))
+    for model in served:
+        assert_close(deltas(model), {m: B.double() @ A.double() for m, (B, A) in wanted.items()})
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_unequal_ranks_are_deterministic_and_indifferent_to_order(name: str) -> None:
+    strategy = build(name, rank=8)
+    everyone = cohort(*FULL, ranks=RANKS)
+    state = play(strategy, [everyone])
+    updates = updates_of(strategy, state, everyone, drift(5))
+    merged = strategy.merge(state, updates, None).state
+    assert digest(strategy.merge(state, updates, None).state) == digest(merged)
+    found = strategy.merge(state, updates[::-1], None).state
+    assert_same_models(strategy.serve(found), strategy.serve(merged))
+
+
+# --- several tasks --------------------------------------------------------------------------------
+
+TASKS = ("news", "mail")
+
+
+def by_task_round(strategy: Strategy, clients: Sequence[Client]) -> tuple[Tensors, list[Update]]:
+    state = strategy.start(common_start(tasks=TASKS))
+    updates = updates_of(strategy, state, clients, drift(0))
+    return strategy.merge(state, updates, None).state, updates
+
+
+@pytest.mark.parametrize("name", BY_TASK)
+def test_a_client_is_sent_the_head_of_its_own_task_only(name: str) -> None:
+    strategy = build(name)
+    state = strategy.start(common_start(tasks=TASKS))
+    for task in TASKS:
+        assert_well_formed(strategy.send(state, client(0, task=task)), 4, [task])
+
+
+@pytest.mark.parametrize("name", [name for name in BY_TASK if name in AVERAGING])
+def test_a_head_is_averaged_over_the_clients_that_hold_it(name: str) -> None:
+    strategy = build(name)
+    clients = [client(k, task=TASKS[k % 2]) for k in range(3)]
+    state, updates = by_task_round(strategy, clients)
+    served = strategy.serve(state)
+    assert len(served) == 1
+    assert_well_formed(served[0].tensors, 4, TASKS)
+    first, second, third = updates
+    for part in HEAD:
+        head = f"head.news.{part}"
+        mean = (30 * first.tensors[head] + 50 * third.tensors[head]) / 80
+        torch.testing.assert_close(served[0].tensors[head], mean, rtol=0, atol=1e-6)
+        other = f"head.mail.{part}"
+        torch.testing.assert_close(
+            served[0].tensors[other], second.tensors[other], rtol=0, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", BY_TASK)
+def test_a_head_that_no_client_of_the_round_holds_stays(name: str) -> None:
+    strategy = build(name)
+    state, _ = by_task_round(strategy, [client(0, task="news")])
+    absent = client(1, task="mail")
+    sent, start = strategy.send(state, absent), common_start(tasks=TASKS)
+    for part in HEAD:
+        assert torch.equal(sent[f"head.mail.{part}"], start[f"head.mail.{part}"])
+
+
+@pytest.mark.parametrize("name", BY_TASK)
+def test_what_is_served_names_its_task_or_serves_all(name: str) -> None:
+    strategy = build(name)
+    state, _ = by_task_round(strategy, [client(k, task=TASKS[k % 2]) for k in range(3)])
+    for model in strategy.serve(state):
+        assert model.task in (None, *TASKS)
+        tasks = TASKS if model.task is None else [model.task]
+        assert_well_formed(model.tensors, model.rank, tasks)

@@ -1,0 +1,160 @@
+"""A federation of toy tensors: no model, no data, so that strategies can be held to dense sums."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.adapters import part_of, residual_name
+from common.lowrank import adapted_modules, factor_names
+from common.tensors import Tensors
+from strategies import STRATEGIES
+from strategies.base import Client, Served, Setting, Strategy, Update
+
+MODULES = {"enc.0.query": (12, 10), "enc.0.value": (10, 10), "enc.1.query": (9, 14)}
+HEAD = {"weight": (3, 10), "bias": (3,)}
+ALPHA = 6.0  # never equal to a rank, so that a forgotten scale shows
+ROWS = (30, 10, 50, 20)  # num_examples of clients 0 to 3, cycled
+
+Train = Callable[[Client, Tensors], Tensors]
+Scale = Callable[[int], float]
+
+
+def scale(rank: int) -> float:
+    return ALPHA / rank
+
+
+def build(name: str, rank: int = 4, *, scale: Scale = scale, **options: Any) -> Strategy:
+    method = STRATEGIES[name]
+    return method.build(method.options(**options), Setting(rank, scale, seed=7))
+
+
+def client(number: int, rank: int = 4, task: str = "toy", *, scale: Scale = scale) -> Client:
+    return Client(number, task, rank, scale(rank))
+
+
+def cohort(*numbers: int, ranks: Sequence[int] = (4,), scale: Scale = scale) -> list[Client]:
+    return [client(k, ranks[k % len(ranks)], scale=scale) for k in numbers]
+
+
+def common_start(
+    rank: int = 4,
+    tasks: Sequence[str] = ("toy",),
+    modules: Mapping[str, tuple[int, int]] = MODULES,
+) -> dict[str, Tensor]:
+    """A as PEFT draws it, B zero, and a random head for every task."""
+    stream = torch.Generator().manual_seed(11)
+    state: dict[str, Tensor] = {}
+    for module, (m, n) in modules.items():
+        name_B, name_A = factor_names(module)
+        state[name_A] = (2 * torch.rand(rank, n, generator=stream) - 1) * n**-0.5
+        state[name_B] = torch.zeros(m, rank)
+    for task in tasks:
+        for name, shape in HEAD.items():
+            state[f"head.{task}.{name}"] = torch.randn(shape, generator=stream)
+    return state
+
+
+def idle(_: Client, sent: Tensors) -> Tensors:
+    """Train nothing."""
+    return {name: tensor.clone() for name, tensor in sent.items()}
+
+
+def drift(seed: int, *, alike: bool = False) -> Train:
+    """Clients move every tensor at random: each its own way, or all the same way."""
+
+    def train(who: Client, sent: Tensors) -> Tensors:
+        stream = torch.Generator().manual_seed(1000 * seed + (0 if alike else who.client))
+        return {
+            name: tensor + 0.3 * torch.randn(tensor.shape, generator=stream)
+            for name, tensor in sorted(sent.items())
+        }
+
+    return train
+
+
+def updates_of(
+    strategy: Strategy, state: Tensors, clients: Sequence[Client], train: Train
+) -> list[Update]:
+    """Do what the server does: only what a strategy trains can come back changed."""
+    known = {who.client: who for who in clients}
+    updates = []
+    for assignment in strategy.assign(sorted(known)):
+        who = known[assignment.client]
+        sent = strategy.send(state, who)
+        trained = {n: t for n, t in train(who, sent).items() if part_of(n) in strategy.trains}
+        rows = sum(ROWS[shard % len(ROWS)] for shard in assignment.shards)
+        updates.append(Update(who, rows, {**sent, **trained}, sent))
+    return updates
+
+
+def play(
+    strategy: Strategy,
+    rounds: Sequence[Sequence[Client]],
+    train: Callable[[int], Train] = drift,
+    state: Tensors | None = None,
+) -> Tensors:
+    """Return the state after these rounds, from the common start unless another is given."""
+    if state is None:
+        rank = max(who.rank for clients in rounds for who in clients)
+        state = strategy.start(common_start(rank))
+    for number, clients in enumerate(rounds):
+        updates = updates_of(strategy, state, clients, train(number))
+        state = strategy.merge(state, updates, None).state
+    return state
+
+
+def delta_of(tensors: Tensors, module: str, s: float) -> Tensor:
+    """Return the effective delta of a module: `s·B·A` plus any residual; dense, float64."""
+    name_B, name_A = factor_names(module)
+    delta = s * tensors[name_B].double() @ tensors[name_A].double()
+    if residual_name(module) in tensors:
+        delta = delta + tensors[residual_name(module)].double()
+    return delta
+
+
+def deltas(model: Served, scale: Scale = scale) -> dict[str, Tensor]:
+    """Return the effective delta of every module of a served model."""
+    modules = adapted_modules(model.tensors)
+    return {module: delta_of(model.tensors, module, scale(model.rank)) for module in modules}
+
+
+def mean_deltas(updates: Sequence[Update]) -> dict[str, Tensor]:
+    """Return `Σ p_k ΔW_k` of every module, `p_k = n_k/Σn`, each at its client's own scale."""
+    total = sum(update.num_examples for update in updates)
+    return {
+        module: sum(
+            u.num_examples / total * delta_of(u.tensors, module, u.client.scale) for u in updates
+        )
+        for module in adapted_modules(updates[0].tensors)
+    }
+
+
+def heads(tensors: Tensors) -> dict[str, Tensor]:
+    """Return the classification heads."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    """Return the best approximation of this rank, by a dense SVD."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def assert_close(found: Tensors, expected: Tensors, tolerance: float = 1e-6) -> None:
+    """Demand the same names, and values that differ by `tolerance` in the norm, relatively."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = float((found[name].double() - tensor.double()).norm())
+        assert error <= tolerance * max(1.0, float(tensor.double().norm())), (name, error)
+
+
+def assert_same_models(
+    found: Sequence[Served], expected: Sequence[Served], tolerance: float = 1e-6
+) -> None:
+    """Demand the same effective deltas and heads, whatever the factors."""
+    assert [(m.rank, m.task) for m in found] == [(m.rank, m.task) for m in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert_close(deltas(one), deltas(other), tolerance)
+        assert_close(heads(one.tensors), heads(other.tensors), tolerance)
