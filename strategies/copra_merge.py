@@ -209,7 +209,7 @@ def _veto(
 
     weights, vetoed = list(by_data), list[int]()
     first_z: Mapping[str, float] = {}
-    while True:
+    for _ in range(len(clients) // 3):
         losses = losses_at(weights)
         z = {
             k: _paired_z(losses, losses_at(_without(weights, k)))
@@ -217,8 +217,8 @@ def _veto(
             if 0 < weight < 1
         }
         first_z = first_z or {str(clients[k]): value for k, value in z.items()}
-        worst = max(z, key=lambda k: z[k], default=None)
-        if worst is None or z[worst] < threshold or len(vetoed) == len(clients) // 3:
+        worst = max(z, key=lambda k: z[k])
+        if z[worst] < threshold:
             break
         weights = _without(weights, worst)
         vetoed.append(clients[worst])
@@ -233,6 +233,8 @@ def _without(weights: Sequence[float], client: int) -> list[float]:
 def _paired_z(losses: Tensor, others: Tensor) -> float:
     """Return how many standard errors the mean loss falls from `losses` to `others`."""
     gain = losses.double() - others.double()
+    if len(gain) < 2:
+        return 0.0  # one row has no standard error
     error = float(gain.std()) / len(gain) ** 0.5
     return float(gain.mean()) / error if error > 0 else 0.0
 

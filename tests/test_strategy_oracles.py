@@ -660,6 +660,32 @@ def test_a_veto_that_makes_no_difference_to_the_judging_half_is_dropped() -> Non
     assert merged.diagnostics["vetoed"] == []
 
 
+@pytest.mark.parametrize(
+    ("z", "veto_z", "vetoed"), [(1.5, 2.0, []), (2.5, 2.0, [3]), (2.5, 3.0, []), (1.5, 1.0, [3])]
+)
+def test_a_veto_needs_as_many_standard_errors_as_asked_for(
+    z: float, veto_z: float, vetoed: list[int]
+) -> None:
+    """Losses are the distance to the target times fixed numbers, whose z is known by hand."""
+    strategy = build("copra-merge", veto_z=veto_z)
+    target = goal()
+    half = ROWS_OF_PROBE // 2
+    swing = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(half // 2)
+    factors = torch.empty(ROWS_OF_PROBE, dtype=torch.float64)
+    factors[0::2] = swing + z * float(swing.std()) / half**0.5
+    factors[1::2] = swing + 10.0  # the judging half has no doubt
+
+    def probe(tensors: Tensors, rows: slice) -> Tensor:
+        rank = Term.of(tensors, "enc.0.query").rank
+        found = {module: delta_of(tensors, module, scale(rank)) for module in MODULES}
+        return (norm_of(minus(found, target)) * factors)[rows]
+
+    merged, _ = one_round(strategy, cohort(*FULL), towards(target, far=[3]), probe)
+    assert merged.diagnostics["leave_one_out_z"]["3"] == pytest.approx(z)
+    assert merged.diagnostics["vetoed"] == vetoed
+    assert ("proposed" in merged.diagnostics) == bool(vetoed)
+
+
 def test_choosing_and_judging_use_different_rows_and_together_all() -> None:
     strategy = build("copra-merge")
     target, asked = goal(), set[tuple[int, ...]]()
