@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from common.adapters import AdaptedBackbone, part_of
@@ -56,6 +56,7 @@ def train_locally(
     blocks = model.blocks
     total_loss = torch.zeros((), device=device)
     model.module.train()
+    _keep_statistics(model.module)
     # Dropout draws from the global stream: give it one of its own, and put the old one back.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(child_seed(run.seed, "dropout"))
@@ -75,6 +76,13 @@ def train_locally(
     optimiser.zero_grad(set_to_none=True)
     model.module.eval()
     return float(total_loss) / run.steps
+
+
+def _keep_statistics(module: nn.Module) -> None:
+    """Leave batch statistics as they were pretrained: they would leak from client to client."""
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
 
 
 def _dropped_blocks(

@@ -32,7 +32,7 @@ from common.tensors import Tensors, check_update, head_prefix
 
 _RESIDUAL = ".residual.weight"
 # PEFT has no defaults for vision models; these are its own for the others.
-_DEFAULT_TARGETS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("c_attn",))
+_DEFAULT_TARGETS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"))
 
 
 def residual_name(module: str) -> str:
@@ -197,7 +197,7 @@ class AdaptedBackbone:
             target_modules=[module.removeprefix(prefix) for module in self._targets],
         )
         # PEFT draws its own start from the global stream; `load` overwrites it.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(config, self.backbone.encoder, adapter_name=_slot(rank))
         for module in self._targets:
             layer = self.backbone.encoder.get_submodule(module.removeprefix(prefix))
@@ -215,7 +215,7 @@ class AdaptedBackbone:
         return add_residual
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def load_adapted_backbone(
     backbone: Backbone, kind: Kind, adapter: Adapter, device: str
 ) -> AdaptedBackbone:
@@ -266,7 +266,7 @@ def _choose_targets(encoder: Any, adapter: Adapter) -> dict[str, tuple[int, int]
     if not wanted or not set(wanted) <= endings:
         raise ConfigError(
             f"adapter.targets = {list(adapter.targets)}: this backbone has linear modules that "
-            f"end in {', '.join(sorted(endings))}; choose among these"
+            f"end in {', '.join(sorted(endings)) or 'nothing (none at all)'}; choose among these"
         )
     return {name: size for name, size in linear.items() if name.rsplit(".", 1)[-1] in set(wanted)}
 
@@ -312,7 +312,7 @@ def export_peft(
         modules_to_save=sorted({name.split(".")[0] for name in head}),
         task_type={"text": "SEQ_CLS", "image": None}[task.kind],
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT asks transformers by a name that is on its way out.
         warnings.simplefilter("ignore", FutureWarning)
         model = get_peft_model(base, config)

@@ -5,6 +5,7 @@ head of its own.
 """
 
 import importlib.util
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,7 @@ class PretrainedBackbone:
     max_length: int
     device: torch.device
     _models: dict[int, nn.Module] = field(default_factory=dict)
+    _making: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def channels(self) -> int:
@@ -102,17 +104,21 @@ class PretrainedBackbone:
 
         The head's parameters hold no meaningful values until they are loaded.
         """
-        if num_labels not in self._models:
-            config = type(self.encoder.config).from_pretrained(self.location)
-            config.num_labels = num_labels
-            with torch.device("meta"):
-                model = _AUTO_MODELS[self.kind]().from_config(config)
-            setattr(model, model.base_model_prefix, self.encoder)
-            for child in model.children():
-                if child is not self.encoder:
-                    child.to(torch.float32).to_empty(device=self.device)
-            self._models[num_labels] = model
-        return self._models[num_labels]
+        with self._making:
+            if num_labels not in self._models:
+                self._models[num_labels] = self._make_classifier(num_labels)
+            return self._models[num_labels]
+
+    def _make_classifier(self, num_labels: int) -> nn.Module:
+        config = type(self.encoder.config).from_pretrained(self.location)
+        config.num_labels = num_labels
+        with torch.device("meta"):
+            model: Any = _AUTO_MODELS[self.kind]().from_config(config)
+        setattr(model, model.base_model_prefix, self.encoder)
+        for child in model.children():
+            if child is not self.encoder:
+                child.to(torch.float32).to_empty(device=self.device)
+        return model  # type: ignore[no-any-return]
 
 
 def _sequence_classification() -> Any:
@@ -136,13 +142,20 @@ _AUTO_MODELS: Mapping[Kind, Callable[[], Any]] = {
 def _tokenizer(location: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(location)
+    tokenizer = AutoTokenizer.from_pretrained(location)
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"backbone {location!r}: its tokenizer has no padding token")
+    tokenizer.padding_side = "right"  # batches are cropped at the right
+    return tokenizer
 
 
 def _image_processor(location: str) -> Any:
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(location, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(location, backend="pil")
+    if not (processor.image_mean and processor.image_std):
+        raise ConfigError(f"backbone {location!r}: its image processor names no mean and std")
+    return processor
 
 
 _PREPROCESSORS: Mapping[Kind, Callable[[str], Any]] = {
@@ -178,7 +191,7 @@ def load_base_model(config: Backbone, kind: Kind, num_labels: int) -> Any:
     try:
         # What the checkpoint lacks is drawn from the global stream: the same in every process, and
         # the stream is left as it was.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return _AUTO_MODELS[kind]().from_pretrained(
                 location, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32
@@ -193,9 +206,20 @@ def load_base_model(config: Backbone, kind: Kind, num_labels: int) -> Any:
 def load_backbone(config: Backbone, kind: Kind, device: str) -> PretrainedBackbone:
     """Load a backbone, frozen, on `device`."""
     model: Any = load_base_model(config, kind, num_labels=2)
-    encoder = getattr(model, model.base_model_prefix).requires_grad_(False)
-    place = choose_device(device)
     location = locate(config)
+    encoder = getattr(model, model.base_model_prefix, None)
+    if encoder is None:
+        raise ConfigError(
+            f"backbone {location!r} ({type(model).__name__}) keeps no encoder apart from its "
+            "head, which clients would have to share; choose another"
+        )
+    longest = getattr(encoder.config, "max_position_embeddings", config.max_length)
+    if kind == "text" and config.max_length > longest:
+        raise ConfigError(
+            f"backbone.max_length = {config.max_length}: {location!r} takes at most {longest}"
+        )
+    encoder.requires_grad_(False)
+    place = choose_device(device)
     return PretrainedBackbone(
         kind,
         location,

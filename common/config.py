@@ -210,10 +210,6 @@ class Experiment(_Table):
         """Return the name of the strategy."""
         return str(self.strategy["name"])
 
-    def with_values(self, values: Mapping[str, Any]) -> "Experiment":
-        """Return a copy in which each dotted key of `values` has its new value."""
-        return build_experiment(self.model_dump(mode="json"), values)
-
 
 _SOURCE_KEYS = ("name", "path", "hub", "members")
 

@@ -1,6 +1,6 @@
 """Features: rows of a task as the tensors that a backbone takes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +50,10 @@ class Features:
         moved = {name: tensor.to(device) for name, tensor in inputs.items()}
         return Batch(moved, self.labels[rows].to(device))
 
-    def batches(self, size: int, device: torch.device) -> list[Batch]:
-        """Return all rows, `size` at a time, in order."""
-        starts = range(0, len(self), size)
-        return [
-            self.batch(torch.arange(start, min(start + size, len(self))), device)
-            for start in starts
-        ]
+    def batches(self, size: int, device: torch.device) -> Iterator[Batch]:
+        """Yield all rows, `size` at a time, in order."""
+        for start in range(0, len(self), size):
+            yield self.batch(torch.arange(start, min(start + size, len(self))), device)
 
 
 def extract_features(backbone: PretrainedBackbone, kind: Kind, split: Split) -> Features:

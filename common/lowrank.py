@@ -67,14 +67,18 @@ class SVD:
         """Return the best approximation of rank at most `rank` (Eckart-Young)."""
         return SVD(self.U[:, :rank], self.S[:rank], self.V[:, :rank])
 
-    def kept_energy(self, rank: int) -> float:
-        """Return the share of the squared Frobenius norm in the first `rank` directions."""
-        total = float(self.S.square().sum())
-        return float(self.S[:rank].square().sum()) / total if total > 0 else 1.0
-
     def dense(self) -> Tensor:
         """Return the full (m, n) matrix; for oracles and tests."""
         return (self.U * self.S) @ self.V.T
+
+
+def kept_energy(svds: Iterable[SVD], rank: int) -> float:
+    """Return the share of the squared Frobenius norm, over all, in the first `rank` directions."""
+    kept, total = 0.0, 0.0
+    for svd in svds:
+        kept += float(svd.S[:rank].square().sum())
+        total += float(svd.S.square().sum())
+    return kept / total if total > 0 else 1.0
 
 
 class Span:

@@ -134,7 +134,7 @@ def count_bytes(content: RecordDict, tensors: Tensors) -> dict[str, int]:
     for name, tensor in tensors.items():
         if kind := _KINDS.get(part_of(name)):
             counted[kind] = counted.get(kind, 0) + tensor.nbytes
-    total = len(recorddict_to_proto(content).SerializeToString())
+    total = recorddict_to_proto(content).ByteSize()
     return counted | {"protocol": total - sum(counted.values()), "total": total}
 
 

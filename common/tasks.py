@@ -48,6 +48,10 @@ class Split(NamedTuple):
         """Return the rows at these positions, in this order."""
         return Split([self.inputs[row] for row in rows], self.labels[rows])
 
+    def cut(self, part: slice) -> "Split":
+        """Return a part of the rows."""
+        return Split(self.inputs[part], self.labels[part])
+
     def __len__(self) -> int:
         """Return the number of rows (not of fields)."""
         return len(self.labels)
@@ -330,10 +334,12 @@ def _label_names(file: Path) -> tuple[str, ...] | None:
 def _labels_seen(given: Sequence[Any]) -> tuple[str, ...]:
     """Return the labels of the training rows: 0 to the largest number, or all names, sorted."""
     seen = {label for label in given if not _is_missing(label)}
-    numbers = [_as_index(label) for label in seen if not isinstance(label, str)]
-    if len(numbers) == len(seen) and None not in numbers:
-        return tuple(str(number) for number in range(max(filter(None, numbers), default=0) + 1))
-    return tuple(sorted(map(str, seen)))
+    if any(isinstance(label, str) for label in seen):
+        return tuple(sorted(set(map(str, seen))))
+    numbers = [_as_index(label) for label in seen]
+    if None in numbers:
+        return tuple(sorted(map(str, seen)))
+    return tuple(str(number) for number in range(max(filter(None, numbers), default=0) + 1))
 
 
 def _is_missing(label: Any) -> bool:
@@ -355,8 +361,8 @@ def _label_indices(place: str, given: Sequence[Any], labels: tuple[str, ...]) ->
     for row, label in enumerate(given):
         if _is_missing(label):
             raise DataError(f"{place}, row {row}: there is no label")
-        index = by_name.get(label) if isinstance(label, str) else None
-        index = _as_index(label) if index is None else index
+        # A name first: the number 1 may be called "1" without being the second label.
+        index = by_name.get(str(label), _as_index(label))
         if index is None or not 0 <= index < len(labels):
             shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
             raise DataError(
@@ -437,7 +443,7 @@ def _read_hub(source: TaskSource) -> SourceRows:
 
     try:
         data = load_dataset(source.hub)
-    except (DatasetNotFoundError, ConnectionError, OSError) as error:
+    except (DatasetNotFoundError, ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"task.hub = {source.hub!r} cannot be loaded ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); for a local copy: --set task.path=FOLDER"
@@ -454,9 +460,13 @@ def _read_hub(source: TaskSource) -> SourceRows:
 
 
 def _hub_images(source: TaskSource, data: Any) -> SourceRows:
+    if source.label_column not in data["train"].features:
+        raise DataError(
+            f"task.hub = {source.hub!r}: there is no column {source.label_column!r}; the columns "
+            f"are {', '.join(data['train'].features)} (task.label_column chooses another)"
+        )
     names = getattr(data["train"].features[source.label_column], "names", None)
-    counted = range(max(data["train"][source.label_column]) + 1)
-    labels = tuple(names or map(str, counted))
+    labels = tuple(names) if names else _labels_seen(data["train"][source.label_column])
     splits = {
         split: Split(
             data[split][source.image_column],

@@ -16,11 +16,6 @@ def head_prefix(task: str) -> str:
     return f"head.{task.replace('%', '%25').replace('.', '%2E')}."
 
 
-def task_of_head(name: str) -> str:
-    """Return the task that the head tensor called `name` belongs to."""
-    return name.split(".")[1].replace("%2E", ".").replace("%25", "%")
-
-
 def weighted_mean(weights: Sequence[float], members: Sequence[Tensors]) -> dict[str, Tensor]:
     """Return `Σ w_k x_k / Σ w_k`, name by name, over the members that hold the name.
 

@@ -9,9 +9,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import experiment_from_flat
-from server.environment import prepare_environment
+from common.shards import deal_shards
 from server.evaluation import Evaluator
-from server.flower_strategy import run_federation
+from server.flower_strategy import find_clients, run_federation, share_nodes
 from server.record import appearing_whole, build_record, write_run
 from server.report import write_report
 from server.simulation import Finished
@@ -28,20 +28,25 @@ def main(grid: Grid, context: Context) -> None:
     `share_nodes` lets Flower's nodes play several clients each, for a simulation of any size.
     `out` is a folder on the machine of the SuperLink; relative paths start where that was started.
     """
-    prepare_environment()
     config: dict[str, Any] = dict(context.run_config)
-    share_nodes = bool(config.pop("share_nodes"))
+    find_nodes = share_nodes if config.pop("share_nodes") else _find_every_client
     folder = Path(str(config.pop("out"))) / f"run-{context.run_id}"
     experiment = experiment_from_flat(config)
     resolve(experiment)
+    deal_shards(experiment.task, experiment.partition, experiment.federation.seed)
     with appearing_whole(folder.absolute()) as unfinished:
         evaluator = Evaluator(experiment)
-        outcomes = run_federation(grid, experiment, evaluator, _log_round, share_nodes=share_nodes)
+        nodes = find_nodes(grid, experiment.partition.clients)
+        outcomes = run_federation(grid, experiment, evaluator, nodes, _log_round)
         finished = Finished(experiment, outcomes, evaluator)
         record = build_record(finished, experiment.strategy_name)
         write_run(unfinished, record, outcomes.served)
         write_report([unfinished], unfinished / "report.html")
     _log.info("record and report: %s", folder.absolute() / "report.html")
+
+
+def _find_every_client(grid: Grid, wanted: int) -> dict[int, int]:
+    return find_clients(grid, wanted, timeout=600.0)
 
 
 def _log_round(row: Mapping[str, Any]) -> None:

@@ -179,6 +179,9 @@ def plan_comparison(
         ConfigError: any of them could not be meant; nothing has run by then.
     """
     alternatives = split_alternatives(assignments)
+    for key, option in {"federation.seed": "--seeds", "strategy.name": "--strategies"}.items():
+        if key in alternatives:
+            raise ConfigError(f"--set {key}: in a comparison, say {option} instead")
     varied = [key for key, values in alternatives.items() if len(values) > 1]
     numbers = [_seed(seed) for seed in seeds]
     runs = []
@@ -210,15 +213,15 @@ def _run_all(runs: Sequence[PlannedRun], folder: Path, *, comparison: bool) -> N
     from server.record import appearing_whole, build_record, refuse_existing, write_json, write_run
     from strategies import resolve
 
-    refuse_existing(folder)
+    refuse_existing(folder)  # before anything heavy is imported
     for run in runs:
         resolve(run.experiment)
-    finished = _simulate_with_progress(runs, comparison)
     from server.comparison import compare as compare_records
     from server.report import write_report
 
-    records = [build_record(done, run.label) for run, done in zip(runs, finished, strict=True)]
     with appearing_whole(folder) as unfinished:
+        finished = _simulate_with_progress(runs, comparison)
+        records = [build_record(done, run.label) for run, done in zip(runs, finished, strict=True)]
         for run, record, done in zip(runs, records, finished, strict=True):
             place = unfinished / run.folder if comparison else unfinished
             place.mkdir(exist_ok=True)

@@ -56,6 +56,8 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        # In a wheel inside somebody's own repository, that repository's commit would mean nothing.
+        git("ls-files", "--error-unmatch", str(Path(__file__)))
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None

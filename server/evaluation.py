@@ -15,7 +15,7 @@ from torch.nn import functional
 from common.adapters import AdaptedBackbone, load_adapted_backbone
 from common.config import Experiment
 from common.errors import ConfigError, DataError
-from common.features import Batch, Features, extract_features
+from common.features import Features, extract_features
 from common.metrics import Scores, mean_scores
 from common.tasks import LabelledTask, Split, load_tasks
 from common.tensors import Tensors
@@ -24,12 +24,12 @@ from strategies.base import Probe, Served, for_task
 _BATCH = 256
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Rows:
-    """Rows of one task, ready in batches."""
+    """Preprocessed rows of one task."""
 
     task: LabelledTask
-    batches: list[Batch]
+    features: Features
 
 
 class Evaluator:
@@ -47,17 +47,17 @@ class Evaluator:
         self.model: AdaptedBackbone = load_adapted_backbone(
             experiment.backbone, kinds.pop(), experiment.adapter, experiment.train.device
         )
-        self._seed = experiment.federation.seed
         self._bfloat16 = experiment.train.precision == "bfloat16"
         held_out = [_held_out(task, experiment.task.evaluate_on) for task in self.tasks]
         self._held_out = [
-            _Rows(task, self._batches(task, split))
-            for task, split in zip(self.tasks, held_out, strict=True)
+            self._rows(task, split) for task, split in zip(self.tasks, held_out, strict=True)
         ]
+        self._probe_rows: dict[tuple[int, str], list[_Rows]] = {}
 
-    def initial(self) -> dict[str, Tensor]:
+    def initial(self, seed: int) -> dict[str, Tensor]:
         """Return the common start of all clients, heads of every task included."""
-        return self.model.initial(self.tasks, self._seed)
+        with self.model.in_use:
+            return self.model.initial(self.tasks, seed)
 
     def evaluate(self, served: Sequence[Served]) -> Scores:
         """Score on the held-out rows: mean over models, then over tasks."""
@@ -70,7 +70,6 @@ class Evaluator:
                 ]
             )
             for rows in self._held_out
-            if any(model.task in (None, rows.task.name) for model in served)
         }
         overall = mean_scores(list(by_task.values()))
         return Scores(overall.accuracy, overall.loss, by_task if len(self.tasks) > 1 else {})
@@ -79,27 +78,27 @@ class Evaluator:
         """Return the probe on `examples` rows, shared evenly by the tasks; None for 0."""
         if not examples:
             return None
-        each = examples // len(self.tasks)
-        kept: dict[tuple[int | None, int | None, int | None], list[_Rows]] = {}
-
-        def rows_of(part: slice) -> list[_Rows]:
-            key = (part.start, part.stop, part.step)
-            if key not in kept:
-                kept[key] = [
-                    _Rows(task, self._batches(task, _rows(_rows(task.probe, slice(each)), part)))
-                    for task in self.tasks
-                ]
-            return kept[key]
 
         def losses(tensors: Tensors, part: slice) -> Tensor:
             model = Served(tensors, rank)
-            return torch.cat([self._losses(model, rows)[0] for rows in rows_of(part)])
+            probed = self._rows_to_probe(examples, part)
+            return torch.cat([self._losses(model, rows)[0] for rows in probed])
 
         return losses
 
-    def _batches(self, task: LabelledTask, split: Split) -> list[Batch]:
+    def _rows_to_probe(self, examples: int, part: slice) -> list[_Rows]:
+        each = slice(examples // len(self.tasks))
+        with self.model.in_use:
+            key = (examples, repr(part))
+            if key not in self._probe_rows:
+                self._probe_rows[key] = [
+                    self._rows(task, task.probe.cut(each).cut(part)) for task in self.tasks
+                ]
+            return self._probe_rows[key]
+
+    def _rows(self, task: LabelledTask, split: Split) -> _Rows:
         features = extract_features(self.model.backbone, task.kind, split)
-        return _shortest_first(features).batches(_BATCH, self.model.backbone.device)
+        return _Rows(task, _shortest_first(features))
 
     def _score(self, model: Served, rows: _Rows) -> Scores:
         losses, right = self._losses(model, rows)
@@ -114,7 +113,7 @@ class Evaluator:
             self.model.load(for_task(model.tensors, rows.task.name), model.rank, rows.task)
             self.model.module.eval()
             with torch.inference_mode(), self._precision():
-                for batch in rows.batches:
+                for batch in rows.features.batches(_BATCH, self.model.backbone.device):
                     logits = self.model.logits(batch)
                     losses.append(functional.cross_entropy(logits, batch.labels, reduction="none"))
                     right.append(logits.argmax(dim=1) == batch.labels)
@@ -130,10 +129,6 @@ def _held_out(task: LabelledTask, name: str) -> Split:
     if not len(split):
         raise DataError(f"task.evaluate_on = {name!r}: task {task.name} has no {name} rows")
     return split
-
-
-def _rows(split: Split, part: slice) -> Split:
-    return Split(split.inputs[part], split.labels[part])
 
 
 def _shortest_first(features: Features) -> Features:

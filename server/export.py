@@ -17,7 +17,7 @@ def export_run(run: Path, folder: Path, task: str = "") -> None:
     """
     _, experiment, tensors = read_run(run)
     name = experiment.strategy_name
-    if any(name.startswith("model.") for name in tensors):
+    if any("/" in name for name in tensors):
         raise ConfigError(f"{run}: strategy {name} serves one model a client, no single adapter")
     if any(is_residual(name) for name in tensors):
         raise ConfigError(f"{run}: strategy {name} serves a dense delta, no low-rank adapter")

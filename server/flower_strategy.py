@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategyBase
 
@@ -30,7 +30,6 @@ from common.messages import (
 )
 from common.metrics import Scores
 from common.seeds import numpy_generator
-from common.shards import Shard, deal_shards
 from common.tensors import Tensors, check_update, digest, only
 from server.evaluation import Evaluator
 from strategies import resolve, setting_of
@@ -54,7 +53,6 @@ class Outcomes:
 class _Sent:
     """One message of the round in progress."""
 
-    assignment: Assignment
     client: Client
     message: Message
     tensors: Tensors
@@ -74,23 +72,14 @@ def run_federation(
     grid: Grid,
     experiment: Experiment,
     evaluator: Evaluator,
+    nodes: Mapping[int, int],
     on_round: OnRound,
-    *,
-    share_nodes: bool = False,
 ) -> Outcomes:
-    """Run every round of `experiment` over the clients that `grid` reaches.
-
-    With `share_nodes` a node may play several clients: right in a simulation, where every node can
-    make every shard, and never where nodes hold data of their own.
+    """Run every round of `experiment` over `nodes`, which maps clients to Flower's node ids.
 
     Raises:
-        FedcopraError: too few clients are connected.
+        FedcopraError: no client's update has ever been accepted.
     """
-    wanted = experiment.partition.clients
-    if share_nodes:
-        nodes = _share_nodes(grid, wanted)
-    else:
-        nodes = find_clients(grid, wanted, experiment.federation.timeout)
     bridge = FedcopraStrategy(experiment, evaluator, nodes, on_round)
     bridge.start(
         grid,
@@ -107,6 +96,9 @@ def find_clients(grid: Grid, wanted: int, timeout: float, patience: float = 60.0
 
     Flower starts the server before its nodes are registered, and node ids are random: the client
     number is what makes a cohort reproducible.
+
+    Raises:
+        FedcopraError: too few nodes are connected, or some do not answer.
     """
     ids = _wait_for_nodes(grid, wanted, patience)
     if len(ids) < wanted:
@@ -119,11 +111,20 @@ def find_clients(grid: Grid, wanted: int, timeout: float, patience: float = 60.0
     replies = list(grid.send_and_receive(questions, timeout=timeout))
     found = {unpack_identity(r.content): r.metadata.src_node_id for r in replies if r.has_content()}
     if missing := sorted(set(range(wanted)) - set(found)):
-        raise FedcopraError(f"clients {missing} of {wanted} did not say who they are")
+        reasons = [_last_line(str(r.error.reason)) for r in replies if r.has_error()]
+        why = f": {reasons[0]}" if reasons else ""
+        raise FedcopraError(f"clients {missing} of {wanted} did not say who they are{why}")
     return found
 
 
-def _share_nodes(grid: Grid, wanted: int, patience: float = 3.0) -> dict[int, int]:
+def share_nodes(grid: Grid, wanted: int, patience: float = 3.0) -> dict[int, int]:
+    """Let the nodes there are play `wanted` clients between them.
+
+    Right in a simulation, where any node can make any shard.
+
+    Raises:
+        FedcopraError: no node is connected.
+    """
     ids = sorted(_wait_for_nodes(grid, wanted, patience))
     if not ids:
         raise FedcopraError(f"no node is connected after {patience:.0f} s")
@@ -154,13 +155,10 @@ class FedcopraStrategy(FlowerStrategyBase):
         self._on_round = on_round
         self._strategy = resolve(experiment)
         self._setting = setting_of(experiment)
-        self._shards: tuple[Shard, ...] = deal_shards(
-            experiment.task, experiment.partition, experiment.federation.seed
-        )
         kept = ("lora_A", "lora_B") + (("head",) if experiment.adapter.train_head else ())
         self._trains = tuple(part for part in self._strategy.trains if part in kept)
-        self._initial = evaluator.initial()
-        self._state: Tensors = self._strategy.start(self._initial)
+        self._state: Tensors = self._strategy.start(evaluator.initial(experiment.federation.seed))
+        self._accepted = 0
         served_rank = self._strategy.serve(self._state)[0].rank
         self._probe = evaluator.probe(self._strategy.probe_examples, served_rank)
         self._round = _Round(time.perf_counter())
@@ -181,7 +179,8 @@ class FedcopraStrategy(FlowerStrategyBase):
         for sent in self._round.sent:
             payload = self._payload(sent.tensors)
             down = add_bytes(down, count_bytes(sent.message.content, payload))
-        self._round.row = {"round": server_round, "bytes": {"up": {}, "down": down}}
+        up = {"protocol": 0, "total": 0}
+        self._round.row = {"round": server_round, "bytes": {"up": up, "down": down}}
         self._round.pushed = time.perf_counter()
         return [sent.message for sent in self._round.sent]
 
@@ -205,6 +204,13 @@ class FedcopraStrategy(FlowerStrategyBase):
             self._state, diagnostics = merged.state, dict(merged.diagnostics)
             served = self._strategy.serve(self._state)
             error = aggregation_error(served, updates, self._setting)
+        self._accepted += len(updates)
+        if not self._accepted:
+            # Nothing has been learned: better to stop than to report the start as a result.
+            raise FedcopraError(
+                f"no update was accepted in round {server_round}; client "
+                f"{clients[0]['client']} {clients[0]['status']}: {clients[0]['reason']}"
+            )
         self._note_weights(clients, updates, diagnostics.pop("weights", None))
         self._round.row |= {
             "aggregation_error": error,
@@ -216,7 +222,7 @@ class FedcopraStrategy(FlowerStrategyBase):
                 "merge": time.perf_counter() - merging,
             },
         }
-        return _to_arrays(self._state), None
+        return None, None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -258,13 +264,7 @@ class FedcopraStrategy(FlowerStrategyBase):
     # --- one client ----------------------------------------------------------------------------
 
     def _instruct(self, assignment: Assignment, server_round: int) -> _Sent:
-        rank = self._experiment.adapter.rank_of(assignment.client)
-        client = Client(
-            assignment.client,
-            self._shards[assignment.client].task.name,
-            rank,
-            self._setting.scale(rank),
-        )
+        client = self._setting.clients[assignment.client]
         tensors = self._strategy.send(self._state, client)
         plan = Plan(
             experiment=self._text,
@@ -279,7 +279,7 @@ class FedcopraStrategy(FlowerStrategyBase):
             dst_node_id=self._nodes[client.client],
             message_type="train",
         )
-        return _Sent(assignment, client, message, tensors)
+        return _Sent(client, message, tensors)
 
     def _payload(self, tensors: Tensors) -> Tensors:
         """Return what has to travel: what is trained, and a base that has changed."""
@@ -358,10 +358,6 @@ def digest_of(served: Iterable[Served]) -> str:
             for name, tensor in model.tensors.items()
         }
     )
-
-
-def _to_arrays(state: Tensors) -> ArrayRecord:
-    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
 
 
 def _last_line(reason: str) -> str:

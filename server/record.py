@@ -87,7 +87,8 @@ def write_run(folder: Path, record: Mapping[str, Any], served: Sequence[Served])
     """Write record and served tensors into `folder`, which must exist."""
     write_json(folder / RECORD, record)
     tensors = {
-        (f"model.{index}/" if len(served) > 1 else "") + name: tensor
+        # Cloned: models of several clients may share a tensor, which the format refuses.
+        (f"model.{index}/" if len(served) > 1 else "") + name: tensor.clone()
         for index, model in enumerate(served)
         for name, tensor in model.tensors.items()
     }
@@ -136,10 +137,13 @@ def refuse_existing(folder: Path) -> None:
 def appearing_whole(folder: Path) -> Iterator[Path]:
     """Give a folder to write into that becomes `folder` only if all goes well."""
     refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
     try:
         yield unfinished
         unfinished.rename(folder)

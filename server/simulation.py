@@ -2,26 +2,32 @@
 
 All runs of a comparison share one Flower simulation, so that Ray starts once and every actor
 loads the backbone once. Several runs are in flight at a time: while the server merges and
-evaluates one, the clients of another train. What a run computes depends on none of this.
+evaluates one, the clients of another train. What a run computes depends on none of this, as long
+as no client is lost to a timeout; a client process that dies ends the whole simulation.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from flwr.app import Context
+from flwr.app import Context, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from clients.app import app as client_app
 from common.backbones import choose_device
 from common.config import Experiment
+from common.errors import ConfigError, FedcopraError
 from common.shards import deal_shards
 from server.evaluation import Evaluator
-from server.flower_strategy import Outcomes, run_federation
+from server.flower_strategy import Outcomes, find_clients, run_federation
 from server.local_grid import LocalGrid
 
 # (index of the run, its row of the record)
@@ -45,17 +51,21 @@ def simulate(experiments: Sequence[Experiment], on_progress: OnProgress) -> list
     Raises:
         FedcopraError: what only shows once data and models are loaded.
     """
-    workers = {experiment.federation.workers for experiment in experiments}
-    if len(workers) != 1:
-        raise ValueError(f"runs of one simulation share their workers, but these want {workers}")
-    engine = _on_ray if workers.pop() else _in_process
+    workers = sorted({experiment.federation.workers for experiment in experiments})
+    devices = sorted({experiment.train.device for experiment in experiments})
+    if len(workers) > 1 or len(devices) > 1:
+        raise ConfigError(
+            "all runs of a comparison share the same clients: give one federation.workers, not "
+            f"{workers}, and one train.device, not {devices}"
+        )
+    engine = _on_ray if workers[0] else _in_process
     clients = max(experiment.partition.clients for experiment in experiments)
     evaluators = _evaluators(experiments)
 
-    def run(grid: Grid, index: int) -> Finished:
+    def run(grid: Grid, nodes: Mapping[int, int], index: int) -> Finished:
         experiment, evaluator = experiments[index], evaluators[index]
         outcomes = run_federation(
-            grid, experiment, evaluator, functools.partial(on_progress, index)
+            grid, experiment, evaluator, nodes, functools.partial(on_progress, index)
         )
         return Finished(experiment, outcomes, evaluator)
 
@@ -80,64 +90,113 @@ def _evaluation_key(experiment: Experiment) -> Any:
         experiment.task,
         experiment.backbone,
         experiment.adapter,
-        experiment.federation.seed,
         train.device,
         train.precision,
     )
 
 
-_Run = Callable[[Grid, int], Finished]
+_Run = Callable[[Grid, Mapping[int, int], int], Finished]
 
 
 def _in_process(run: _Run, experiments: Sequence[Experiment], clients: int) -> list[Finished]:
     _quiet_flower()
     grid = LocalGrid(client_app, clients)
-    return [run(grid, index) for index in range(len(experiments))]
+    nodes = find_clients(grid, clients, timeout=0.0)
+    return [run(grid, nodes, index) for index in range(len(experiments))]
 
 
 def _on_ray(run: _Run, experiments: Sequence[Experiment], clients: int) -> list[Finished]:
     _quiet_flower()
     workers = experiments[0].federation.workers
     finished: list[Finished] = []
+    timeout = max(experiment.federation.timeout for experiment in experiments)
     server_app = ServerApp()
+    stopped = threading.Event()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
+        watched = cast(Grid, _WatchedGrid(grid, stopped))
+        nodes = find_clients(watched, clients, timeout)
         # One run more than there are workers keeps these busy while the server merges.
         with ThreadPoolExecutor(max_workers=workers + 1) as in_flight:
-            jobs = [in_flight.submit(run, grid, index) for index in range(len(experiments))]
+            jobs = [
+                in_flight.submit(run, watched, nodes, index) for index in range(len(experiments))
+            ]
             try:
                 finished.extend(job.result() for job in jobs)
-            finally:
-                # After a mistake, start none of the others.
+            except BaseException:
+                # After a mistake no other run needs to go on.
+                stopped.set()
                 in_flight.shutdown(wait=False, cancel_futures=True)
+                raise
 
-    run_simulation(
-        server_app,
-        client_app,
-        num_supernodes=clients,
-        backend_config={
-            "init_args": {
-                "num_cpus": workers,
-                "include_dashboard": False,
-                "log_to_driver": False,
-                "logging_level": "ERROR",
+    try:
+        run_simulation(
+            server_app,
+            client_app,
+            num_supernodes=clients,
+            backend_config={
+                "init_args": {
+                    "num_cpus": workers,
+                    "include_dashboard": False,
+                    "log_to_driver": False,
+                    "logging_level": "ERROR",
+                },
+                "client_resources": {
+                    "num_cpus": 1,
+                    "num_gpus": _gpu_share(experiments[0].train.device, workers),
+                },
             },
-            "client_resources": {
-                "num_cpus": 1,
-                "num_gpus": _gpu_share(experiments[0].train.device, workers),
-            },
-        },
-    )
+        )
+    finally:
+        # Ctrl-C, or a crash of the engine: let the threads that wait for replies end as well.
+        stopped.set()
     return finished
+
+
+class _WatchedGrid:
+    """Flower's grid, but waiting ends when the simulation does, or when an actor has died.
+
+    Flower's own loop would wait for the whole timeout, and it never restarts an actor: its share
+    of the messages of every later round of every run would be lost.
+    """
+
+    def __init__(self, grid: Grid, stopped: threading.Event) -> None:
+        self._grid, self._stopped = grid, stopped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send, and collect replies until all are there or `timeout` seconds have passed."""
+        waiting = set(self._grid.push_messages(messages))
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        replies: list[Message] = []
+        while waiting and time.monotonic() < deadline:
+            for reply in self._grid.pull_messages(waiting):
+                if reply.has_error() and reply.error.code == ErrorCode.UNKNOWN:
+                    raise FedcopraError(
+                        "a client process died, perhaps for want of memory; give fewer "
+                        f"federation.workers ({' '.join(str(reply.error.reason).split())[:200]})"
+                    )
+                waiting.discard(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+            if waiting and self._stopped.wait(0.05):
+                raise FedcopraError("the simulation was stopped")
+        return replies
 
 
 def _gpu_share(device: str, workers: int) -> float:
     """Return the share of a GPU that each actor gets: all of them fit on what there is."""
     import torch
 
-    on_gpu = choose_device(device).type == "cuda"
-    return min(1.0, torch.cuda.device_count() / workers) if on_gpu else 0.0
+    if choose_device(device).type != "cuda":
+        return 0.0
+    # An actor sits on one GPU: so many share the fullest one.
+    sharing = math.ceil(workers / torch.cuda.device_count())
+    return math.floor(10_000 / sharing) / 10_000
 
 
 def _quiet_flower() -> None:

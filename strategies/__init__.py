@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from common.config import Experiment
 from common.errors import ConfigError
 from common.seeds import child_seed
-from strategies.base import Options, Setting, Strategy
+from strategies.base import Client, Options, Setting, Strategy
 from strategies.controls import ControlOptions, centralised, dense_oracle, local_only
 from strategies.copra_merge import CopraMergeOptions, copra_merge
 from strategies.fedavg import FedAvgOptions, fedavg
@@ -117,7 +117,12 @@ def setting_of(experiment: Experiment) -> Setting:
     """Return what methods may know of the run."""
     adapter = experiment.adapter
     seed = child_seed(experiment.federation.seed, "strategy")
-    return Setting(adapter.server_rank, adapter.scale, seed)
+    tasks = [source.label for source in experiment.task.sources]
+    clients = tuple(
+        Client(k, tasks[k % len(tasks)], adapter.rank_of(k), adapter.scale(adapter.rank_of(k)))
+        for k in range(experiment.partition.clients)
+    )
+    return Setting(adapter.server_rank, adapter.scale, seed, clients)
 
 
 def _options(experiment: Experiment, name: str) -> Options:

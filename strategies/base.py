@@ -50,11 +50,12 @@ class Update:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method may know of the run: the largest client rank, s at any rank, and the seed."""
+    """What a method may know of the run: the largest client rank, s at any rank, seed, clients."""
 
     rank: int
     scale: Callable[[int], float]
     seed: int
+    clients: tuple["Client", ...]
 
 
 # `(served tensors, rows) -> losses (n,)`: per-example losses on these rows of the server's probe

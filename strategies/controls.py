@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.adapters import residual_name
 from common.lowrank import Span, Term, adapted_modules, balanced_factors, factor_names
-from common.tensors import Tensors, task_of_head
+from common.tensors import Tensors
 from strategies.base import (
     Assignment,
     Client,
@@ -52,10 +52,8 @@ def local_only(_: ControlOptions, setting: Setting) -> Strategy:
         return Merged(merged)
 
     def serve(state: Tensors) -> Sequence[Served]:
-        clients = sorted({int(n.split("/")[0].split(".")[1]) for n in state if "/" in n})
-        if not clients:
-            return [Served(_common(state), setting.rank)]
-        return [_served_alone(_of_client(state, client)) for client in clients]
+        # Clients that have not trained yet count too, with the common start.
+        return [Served(send(state, c), c.rank, c.task) for c in setting.clients]
 
     return Strategy(start=dict, send=send, merge=merge, serve=serve)
 
@@ -67,11 +65,6 @@ def _of_client(state: Tensors, client: int) -> dict[str, Tensor]:
 
 def _common(state: Tensors) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if "/" not in name}
-
-
-def _served_alone(tensors: dict[str, Tensor]) -> Served:
-    task = next(task_of_head(name) for name in tensors if name.startswith("head."))
-    return Served(tensors, Term.of(tensors, adapted_modules(tensors)[0]).rank, task)
 
 
 def centralised(_: ControlOptions, setting: Setting) -> Strategy:

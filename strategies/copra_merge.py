@@ -20,7 +20,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from common.lowrank import Span, Term, adapted_modules, balanced_factors
+from common.errors import ConfigError
+from common.lowrank import Span, Term, adapted_modules, balanced_factors, kept_energy
 from common.tensors import Tensors
 from strategies.base import (
     Client,
@@ -39,6 +40,7 @@ from strategies.base import (
 )
 
 # The probe set is split: one half chooses whom to veto, the other judges whether that helped.
+_SMALLEST_COHORT = 3  # at most a third of the clients may be vetoed
 _CHOOSE, _JUDGE = slice(0, None, 2), slice(1, None, 2)
 
 
@@ -61,7 +63,12 @@ class CopraMergeOptions(Options):
 
 def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
     """Average increments, truncate to the server's rank; ranks may differ."""
-    rank = max(options.server_rank, setting.rank)
+    rank = options.server_rank or setting.rank
+    if rank < setting.rank:
+        raise ConfigError(
+            f"strategy.copra-merge.server_rank = {rank}: a client has rank {setting.rank}; choose "
+            "at least that, or 0 for the largest of any client"
+        )
     server_scale = setting.scale(rank)
 
     def start(tensors: Tensors) -> Tensors:
@@ -87,18 +94,21 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
                 u.client.client for u, limit in zip(updates, limits, strict=True) if limit < 1
             ],
         }
+        chosen, weights = plain, by_data
         if probe is None or options.probe_examples == 0:
-            chosen, weights = plain, by_data
-            diagnostics |= {"vetoed": [], "decision": "no probe set: weighted increments"}
+            veto: dict[str, Any] = {"vetoed": [], "decision": "no probe set: weighted increments"}
+        elif len(updates) < _SMALLEST_COHORT:
+            veto = {"vetoed": [], "decision": "too few clients for a veto: weighted increments"}
         else:
             clients = [u.client.client for u in updates]
-            weights, veto = _veto(merger, clients, by_data, limits, probe, options.veto_z)
-            chosen = merger.candidate(weights, limits)
+            proposed, veto = _veto(merger, clients, by_data, limits, probe, options.veto_z)
             if not veto["vetoed"]:
                 veto["decision"] = "no client's absence would lower the probe loss: all kept"
-            elif not _helps(plain.tensors, chosen.tensors, probe, veto):
-                chosen, weights = plain, by_data
-            diagnostics |= veto
+            else:
+                without = merger.candidate(proposed, limits)
+                if _helps(plain.tensors, without.tensors, probe, veto):
+                    chosen, weights = without, proposed
+        diagnostics |= veto
         diagnostics["weights"] = {
             str(u.client.client): w for u, w in zip(updates, weights, strict=True)
         }
@@ -143,10 +153,17 @@ class _Merger:
     def length_limits(self, weights: Sequence[float], limit: float) -> list[float]:
         """Return for each client the factor (at most 1) that brings its increment to the limit."""
         lengths = [self._increment_norm(k) for k in range(len(weights))]
-        # Of those that trained, up to rounding: if most are idle, the others are no outliers.
-        active = [length for length in lengths if length > 1e-6 * max(lengths)]
+        # Of those that trained: if most are idle, the others are no outliers. An idle client's
+        # increment is the rounding of what it was sent.
+        idle = 1e-6 * self._sent_norm()
+        active = [length for length in lengths if length > idle]
         bound = limit * statistics.median(active or [0.0])
         return [min(1.0, bound / length) if length > 0 else 1.0 for length in lengths]
+
+    def _sent_norm(self) -> float:
+        nothing = [0.0] * len(self._updates)
+        norms = (span.norm([self._scale, *nothing]) for span in self._spans.values())
+        return float(sum(norm**2 for norm in norms) ** 0.5)
 
     def _increment_norm(self, client: int) -> float:
         coefficients: list[float | Tensor] = [0.0] * len(self._updates)
@@ -165,16 +182,13 @@ class _Merger:
         remaining = self._scale * (1 - steps @ self._was_sent)
         scaled = [float(c) * u.client.scale for c, u in zip(steps, self._updates, strict=True)]
         merged = self._heads(steps.tolist(), weights)
-        kept, total = 0.0, 0.0
-        for module, span in self._spans.items():
-            svd = span.svd([remaining, *scaled])
-            kept += float(svd.S[: self._rank].square().sum())
-            total += float(svd.S.square().sum())
+        svds = {m: span.svd([remaining, *scaled]) for m, span in self._spans.items()}
+        for module, svd in svds.items():
             best = svd.truncated(self._rank)
             term = balanced_factors(best, self._scale)
             term = revive_dead_directions(module, term, best.S, self._rank, self._seed)
             merged |= named_factors(module, term)
-        return _Candidate(merged, kept / total if total else 1.0)
+        return _Candidate(merged, kept_energy(svds.values(), self._rank))
 
     def _heads(self, steps: Sequence[float], weights: Sequence[float]) -> dict[str, Tensor]:
         """Average increments of heads over the clients that hold them, with the same weights."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.lowrank import Span, Term, adapted_modules, orthonormal_factors
+from common.lowrank import Span, Term, adapted_modules, kept_energy, orthonormal_factors
 from common.tensors import Tensors
 from strategies.base import (
     Client,
@@ -49,14 +49,14 @@ def flexlora(_: FlexLoRAOptions, setting: Setting) -> Strategy:
         weights = data_weights(updates)
         coefficients = [w * u.client.scale for w, u in zip(weights, updates, strict=True)]
         merged: dict[str, Tensor] = merged_heads(state, updates)
-        kept, total = 0.0, 0.0
-        for module in adapted_modules(state):
-            svd = Span([Term.of(u.tensors, module) for u in updates]).svd(coefficients)
-            kept += float(svd.S[: setting.rank].square().sum())
-            total += float(svd.S.square().sum())
+        svds = {
+            module: Span([Term.of(u.tensors, module) for u in updates]).svd(coefficients)
+            for module in adapted_modules(state)
+        }
+        for module, svd in svds.items():
             term = orthonormal_factors(svd.truncated(setting.rank), server_scale)
             merged |= named_factors(module, _filled(term, Term.of(state, module)))
-        return Merged(merged, {"kept_energy": kept / total if total else 1.0})
+        return Merged(merged, {"kept_energy": kept_energy(svds.values(), setting.rank)})
 
     def serve(state: Tensors) -> Sequence[Served]:
         return [Served(state, setting.rank)]

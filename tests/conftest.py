@@ -68,7 +68,7 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=4,
         num_attention_heads=2,
         intermediate_size=24,
-        max_position_embeddings=32,
+        max_position_embeddings=64,
         # As in most classifiers that are fine-tuned; it also lets evaluation differ from training.
         hidden_dropout_prob=0.1,
     )

@@ -472,6 +472,11 @@ def test_training_changes_what_it_is_told_to_and_nothing_else(
         assert torch.equal(tensor, start[name]) == (part_of(name) not in trains), name
     assert digest(encoder) == before
     assert not any(p.requires_grad for p in encoder.values())
+    # What is not trained costs no gradient either.
+    assert {n for n, p in model.parameters().items() if p.requires_grad} == {
+        n for n in start if part_of(n) in trains
+    }
+    assert all(p.grad is None for p in model.parameters().values())
 
 
 def test_what_one_run_freezes_the_next_can_train(workshop: Workshop, task: LabelledTask) -> None:

@@ -313,6 +313,13 @@ def test_options_of_strategies_that_are_not_chosen_are_checked_too() -> None:
     resolve(build_experiment({**SMALL, "strategy": {"name": "fedavg", "copra-merge": {}}}))
 
 
+@pytest.mark.parametrize("order", [("copra-merge", "fedavg"), ("fedavg", "copra-merge")])
+def test_a_strategy_gets_its_own_options(order: tuple[str, str]) -> None:
+    options = {"copra-merge": {"probe_examples": 7}, "fedavg": {}}
+    strategy = {"name": "copra-merge"} | {name: options[name] for name in order}
+    assert resolve(build_experiment({**SMALL, "strategy": strategy})).probe_examples == 7
+
+
 def test_equal_ranks_suit_every_strategy() -> None:
     for name in STRATEGIES:
         resolve(small(adapter__ranks=[4, 4], strategy__name=name, task__probe_examples=512))
@@ -433,28 +440,6 @@ def test_assignments_need_an_equals_sign_and_a_key() -> None:
 def test_alternatives_are_split_at_outer_commas(text: str, values: list[Any]) -> None:
     (found,) = split_alternatives([text]).values()
     assert found == values
-
-
-def test_with_values_changes_what_is_named_and_keeps_the_rest() -> None:
-    before = small(adapter__ranks=[2, 4], task__limit=300, federation__seed=3)
-    after = before.with_values({"federation.seed": 4, "strategy.copra-merge.veto_z": 3.0})
-    assert after.federation.seed == 4
-    assert after.strategy == {"name": "copra-merge", "copra-merge": {"veto_z": 3.0}}
-    assert after.with_values({"federation.seed": 3}).adapter == before.adapter
-    assert before.federation.seed == 3
-    assert before.with_values({}) == before
-
-
-def test_with_values_can_set_an_option_where_the_strategy_is_the_default() -> None:
-    default = build_experiment({key: SMALL[key] for key in ("task", "backbone")})
-    assert default.strategy_name == "fedavg"
-    changed = default.with_values({"strategy.copra-merge.veto_z": 3.0})
-    assert changed.strategy_name == "fedavg"
-
-
-def test_with_values_refuses_like_a_file() -> None:
-    with pytest.raises(ConfigError, match=r"federation\.rounds"):
-        small().with_values({"federation.rounds": 0})
 
 
 def test_an_experiment_cannot_be_changed() -> None:

@@ -14,6 +14,7 @@ from common.lowrank import (
     balanced_factors,
     factor_names,
     is_factor,
+    kept_energy,
     orthonormal_factors,
 )
 
@@ -195,13 +196,13 @@ def test_kept_energy_is_what_eckart_young_says_of_the_dense_error() -> None:
     exact = dense_sum(terms, [1.0, -0.4, 2.0])
     for rank in range(1, 10):
         lost = (exact - svd.truncated(rank).dense()).square().sum() / exact.square().sum()
-        assert svd.kept_energy(rank) == pytest.approx(1 - float(lost), abs=1e-12)
-    assert svd.kept_energy(9) == pytest.approx(1.0, abs=1e-12)
+        assert kept_energy([svd], rank) == pytest.approx(1 - float(lost), abs=1e-12)
+    assert kept_energy([svd], 9) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_kept_energy_of_nothing_is_all_of_it() -> None:
     zero = Term(torch.zeros(6, 2), torch.zeros(2, 5))
-    assert Span([zero]).svd([1.0]).kept_energy(1) == 1.0
+    assert kept_energy([Span([zero]).svd([1.0])], 1) == 1.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 16 / 3])

@@ -93,11 +93,10 @@ def test_names_shapes_and_dtypes_are_kept(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_the_common_start_is_served_unchanged(name: str) -> None:
     strategy = build(name)
-    served = strategy.serve(strategy.start(common_start()))
-    assert len(served) == 1
-    assert_close(heads(served[0].tensors), heads(common_start()), tolerance=0)
-    for module, delta in deltas(served[0]).items():
-        assert not delta.any(), module
+    for served in strategy.serve(strategy.start(common_start())):
+        assert_close(heads(served.tensors), heads(common_start()), tolerance=0)
+        for module, delta in deltas(served).items():
+            assert not delta.any(), module
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -352,7 +351,7 @@ RANKS = (2, 4, 8)
 
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_unequal_ranks_get_factors_of_their_own_rank(name: str) -> None:
-    strategy = build(name, rank=8)
+    strategy = build(name, rank=8, ranks=RANKS)
     rounds = [cohort(*who, ranks=RANKS) for who in [(0, 1, 2, 3), (0, 3), (1,), (2, 3), (0,)]]
     for played in range(len(rounds) + 1):
         start = strategy.start(common_start(8))
@@ -378,7 +377,7 @@ def test_at_the_start_a_low_rank_is_a_prefix_of_the_common_start(name: str) -> N
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_agreeing_clients_of_unequal_ranks_are_left_alone(name: str) -> None:
     """All return one delta, of rank 2, in factors of their own rank and scale."""
-    strategy = build(name, rank=8)
+    strategy = build(name, rank=8, ranks=RANKS, clients=3)
     stream = torch.Generator().manual_seed(3)
     wanted = {
         module: (torch.randn(m, 2, generator=stream), torch.randn(2, n, generator=stream))
@@ -461,7 +460,7 @@ def test_a_head_that_no_client_of_the_round_holds_stays(name: str) -> None:
 
 @pytest.mark.parametrize("name", BY_TASK)
 def test_what_is_served_names_its_task_or_serves_all(name: str) -> None:
-    strategy = build(name)
+    strategy = build(name, tasks=TASKS, clients=3)
     state, _ = by_task_round(strategy, [client(k, task=TASKS[k % 2]) for k in range(3)])
     for model in strategy.serve(state):
         assert model.task in (None, *TASKS)

@@ -25,6 +25,7 @@ from toy_federation import (
     mean_deltas,
     play,
     scale,
+    setting,
     truncated,
     updates_of,
 )
@@ -39,7 +40,6 @@ from strategies.base import (
     Merged,
     Probe,
     Served,
-    Setting,
     Strategy,
     Update,
     revive_dead_directions,
@@ -47,7 +47,7 @@ from strategies.base import (
 
 FULL = (0, 1, 2, 3)
 RANKS = (2, 4, 8)
-SETTING = Setting(4, scale, seed=7)
+SETTING = setting()
 
 
 def rs_scale(rank: int) -> float:
@@ -403,10 +403,12 @@ def longer(times: float, who: int) -> Train:
     return train
 
 
-def test_an_increment_far_above_the_median_is_scaled_back_to_the_limit() -> None:
+@pytest.mark.parametrize("times", [40.0, 1e4, 1e8, 1e15])
+def test_an_increment_far_above_the_median_is_scaled_back_to_the_limit(times: float) -> None:
+    """However far: the longest must not decide what is short."""
     strategy = build("copra-merge", 4, server_rank=9, norm_limit=3.0)
     state = strategy.start(common_start(4))
-    updates = updates_of(strategy, state, cohort(*FULL), longer(40.0, who=2))
+    updates = updates_of(strategy, state, cohort(*FULL), longer(times, who=2))
     merged = strategy.merge(state, updates, None)
     lengths = [norm_of({m: delta_of(u.tensors, m, scale(4)) for m in MODULES}) for u in updates]
     limits = [min(1.0, 3.0 * statistics.median(lengths) / length) for length in lengths]
@@ -782,7 +784,7 @@ def test_local_only_goes_on_from_a_clients_own_last_model() -> None:
 
 
 def test_local_only_serves_every_clients_model_at_its_own_rank() -> None:
-    strategy = build("local-only", 8)
+    strategy = build("local-only", 8, ranks=RANKS, clients=3)
     everyone = cohort(0, 1, 2, ranks=RANKS)
     state = strategy.start(common_start(8))
     updates = updates_of(strategy, state, everyone, drift(0))
@@ -847,11 +849,11 @@ def dense_error(strategy: Strategy, merged: Merged, updates: Sequence[Update]) -
 )
 def test_aggregation_error_equals_the_dense_formula(name: str, ranks: tuple[int, ...]) -> None:
     strategy = build(name, max(ranks))
-    setting = Setting(max(ranks), scale, seed=7)
+    known = setting(max(ranks), ranks=ranks)
     state = play(strategy, [cohort(*FULL, ranks=ranks)])
     updates = updates_of(strategy, state, cohort(*FULL, ranks=ranks), drift(1))
     merged = strategy.merge(state, updates, None)
-    found = aggregation_error(strategy.serve(merged.state), updates, setting)
+    found = aggregation_error(strategy.serve(merged.state), updates, known)
     assert found == pytest.approx(dense_error(strategy, merged, updates), rel=1e-6)
     assert found is not None
     assert found > 0.01
@@ -871,16 +873,19 @@ def test_aggregation_error_of_exact_methods_is_rounding(name: str) -> None:
 
 def test_aggregation_error_of_copra_merge_is_rounding_when_its_rank_suffices() -> None:
     strategy = build("copra-merge", 3, server_rank=9)
-    setting = Setting(3, scale, seed=7)
     merged, updates = one_round(strategy, cohort(0, 1, 2, ranks=(3,)), drift(0))
-    error = aggregation_error(strategy.serve(merged.state), updates, setting)
+    error = aggregation_error(strategy.serve(merged.state), updates, setting(3))
     assert error is not None
     assert error < 1e-6
 
 
-def test_there_is_no_aggregation_error_without_one_served_model() -> None:
+@pytest.mark.parametrize("who", [FULL, (2,)])
+def test_there_is_no_aggregation_error_where_clients_keep_their_models(
+    who: tuple[int, ...],
+) -> None:
+    """Not even when only one of them has trained yet."""
     strategy = build("local-only")
-    merged, updates = one_round(strategy, cohort(*FULL), drift(0))
+    merged, updates = one_round(strategy, cohort(*who), drift(0))
     assert aggregation_error(strategy.serve(merged.state), updates, SETTING) is None
 
 

@@ -25,9 +25,34 @@ def scale(rank: int) -> float:
     return ALPHA / rank
 
 
-def build(name: str, rank: int = 4, *, scale: Scale = scale, **options: Any) -> Strategy:
+def setting(
+    rank: int = 4,
+    *,
+    scale: Scale = scale,
+    ranks: Sequence[int] = (),
+    clients: int = 4,
+    tasks: Sequence[str] = ("toy",),
+) -> Setting:
+    ranks = ranks or (rank,)
+    everyone = (
+        client(k, ranks[k % len(ranks)], tasks[k % len(tasks)], scale=scale) for k in range(clients)
+    )
+    return Setting(rank, scale, seed=7, clients=tuple(everyone))
+
+
+def build(
+    name: str,
+    rank: int = 4,
+    *,
+    scale: Scale = scale,
+    ranks: Sequence[int] = (),
+    clients: int = 4,
+    tasks: Sequence[str] = ("toy",),
+    **options: Any,
+) -> Strategy:
     method = STRATEGIES[name]
-    return method.build(method.options(**options), Setting(rank, scale, seed=7))
+    known = setting(rank, scale=scale, ranks=ranks, clients=clients, tasks=tasks)
+    return method.build(method.options(**options), known)
 
 
 def client(number: int, rank: int = 4, task: str = "toy", *, scale: Scale = scale) -> Client:
