@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # One small round instead of a whole run; the commands are otherwise the README's own.
-BRIEF = "--set federation.rounds=1 --set train.local_steps=2 --set task.limit=400"
+BRIEF = "--set federation.rounds=1 --set train.local_steps=2"
 
 
 def readme_commands() -> list[str]:
