@@ -197,7 +197,9 @@ class AdaptedBackbone:
             target_modules=[module.removeprefix(prefix) for module in self._targets],
         )
         # PEFT draws its own start from the global stream; `load` overwrites it.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # It warns of a second adapter; here every rank has one of its own.
+            warnings.simplefilter("ignore", UserWarning)
             inject_adapter_in_model(config, self.backbone.encoder, adapter_name=_slot(rank))
         for module in self._targets:
             layer = self.backbone.encoder.get_submodule(module.removeprefix(prefix))

@@ -5,6 +5,7 @@ is sent. The draws are those of flwr-datasets' partitioners.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,11 +74,15 @@ def _deal(labels: Rows, partition: Partition, clients: int, seed: int) -> list[R
     partitioner = _PARTITIONERS[partition.kind](partition, clients, seed % 2**32)
     partitioner.dataset = Dataset.from_dict({"row": order, "label": labels[order]})
     try:
-        parts = [partitioner.load_partition(client) for client in range(clients)]
+        with warnings.catch_warnings():
+            # It warns at length of every draw that it repeats; what counts is whether one succeeds.
+            warnings.simplefilter("ignore", UserWarning)
+            parts = [partitioner.load_partition(client) for client in range(clients)]
     except ValueError as error:
         raise DataError(
             f"partition.kind = {partition.kind!r} cannot deal {len(labels)} rows to {clients} "
-            f"clients: {str(error).splitlines()[0]}"
+            f"clients with partition.min_examples = {partition.min_examples}; try another "
+            f"federation.seed, a larger alpha or a lower minimum ({str(error).splitlines()[0]})"
         ) from None
     return [np.asarray(part["row"], dtype=np.int64) for part in parts]
 
