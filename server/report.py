@@ -50,7 +50,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     Raises:
         DataError: naming the folder without a record, or the file that is none.
     """
-    records = [record for folder in folders for record in read_records(Path(folder))]
+    records = tell_apart([(Path(f), record) for f in folders for record in read_records(Path(f))])
     comparison = compare(records)
     tasks = list(dict.fromkeys(str(record["task"]["name"]) for record in records))
     what = "Run" if len(records) == 1 else f"Comparison of {len(records)} runs"
@@ -83,6 +83,31 @@ def read_records(folder: Path) -> list[Record]:
         labels = [row["label"] for row in rows if "label" in row] + labels
     order = list(dict.fromkeys(labels))
     return sorted(records, key=lambda record: (order.index(record["label"]), record["seed"]))
+
+
+def tell_apart(found: Sequence[tuple[Path, Record]]) -> list[Record]:
+    """Return every run once, and name the folder where two different runs share label and seed.
+
+    The same run may stand in two folders, alone and in a comparison: same experiment, same digest.
+    """
+    kept: dict[tuple[str, int], Record] = {}
+    clashing = set()
+    unlike = []
+    for folder, record in found:
+        other = kept.setdefault((record["label"], record["seed"]), record)
+        if other is not record and all(
+            other.get(key) == record.get(key) for key in ("experiment", "digest")
+        ):
+            continue
+        if other is not record:
+            clashing.add(record["label"])
+        unlike.append((folder, record))
+    return [
+        {**record, "label": f"{record['label']} · {folder}"}
+        if record["label"] in clashing
+        else record
+        for folder, record in unlike
+    ]
 
 
 def _read_record(path: Path) -> Record:

@@ -414,3 +414,23 @@ def test_long_names_do_not_widen_a_phone_page(browser: Any, tmp_path: Path) -> N
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert all(element.evaluate(SIZES)[2] for element in page.locator(".drawing text").all())
     page.close()
+
+
+def test_the_same_run_in_two_folders_counts_once(tmp_path: Path) -> None:
+    """A run stands alone and in a comparison."""
+    record = synthetic_record("fedavg", 0)
+    for name in ("alone", "compared"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(json.dumps(record))
+    page = write_report([tmp_path / "alone", tmp_path / "compared"], tmp_path / "page.html")
+    assert "Comparison of" not in page.read_text()
+
+
+def test_two_runs_of_one_label_and_seed_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    record = synthetic_record("fedavg", 0)
+    for name in ("A", "B"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(json.dumps({**record, "digest": name}))
+    page = write_report([tmp_path / "A", tmp_path / "B"], tmp_path / "page.html").read_text()
+    assert "Comparison of 2 runs" in page
+    assert f"fedavg · {tmp_path / 'A'}" in page
