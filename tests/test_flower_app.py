@@ -63,6 +63,8 @@ def test_flwr_run_gives_the_digest_of_fedcopra_simulate(tmp_path: Path) -> None:
     )
     environment = {
         **os.environ,
+        # Flower starts its own commands by name.
+        "PATH": f"{flwr.parent}{os.pathsep}{os.environ['PATH']}",
         "FLWR_HOME": str(tmp_path / "flwr"),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39491",
         "FLWR_LOCAL_CONTROL_API_PORT": "39493",
