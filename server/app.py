@@ -12,7 +12,7 @@ from common.config import experiment_from_flat
 from common.shards import deal_shards
 from server.evaluation import Evaluator
 from server.flower_strategy import find_clients, run_federation, share_nodes
-from server.record import appearing_whole, build_record, write_run
+from server.record import REPORT, appearing_whole, build_record, write_run
 from server.report import write_report
 from server.simulation import Finished
 from strategies import resolve
@@ -41,8 +41,8 @@ def main(grid: Grid, context: Context) -> None:
         finished = Finished(experiment, outcomes, evaluator)
         record = build_record(finished, experiment.strategy_name)
         write_run(unfinished, record, outcomes.served)
-        write_report([unfinished], unfinished / "report.html")
-    _log.info("record and report: %s", folder.absolute() / "report.html")
+        write_report([unfinished], unfinished / REPORT)
+    _log.info("record and report: %s", folder.absolute() / REPORT)
 
 
 def _find_every_client(grid: Grid, wanted: int) -> dict[int, int]:

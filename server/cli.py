@@ -210,7 +210,14 @@ def _shown(value: Any) -> str:
 
 
 def _run_all(runs: Sequence[PlannedRun], folder: Path, *, comparison: bool) -> None:
-    from server.record import appearing_whole, build_record, refuse_existing, write_json, write_run
+    from server.record import (
+        REPORT,
+        appearing_whole,
+        build_record,
+        refuse_existing,
+        write_json,
+        write_run,
+    )
     from strategies import resolve
 
     refuse_existing(folder)  # before anything heavy is imported
@@ -228,9 +235,9 @@ def _run_all(runs: Sequence[PlannedRun], folder: Path, *, comparison: bool) -> N
             write_run(place, record, done.outcomes.served)
         if comparison:
             write_json(unfinished / "comparison.json", compare_records(records))
-        write_report([unfinished], unfinished / "report.html")
+        write_report([unfinished], unfinished / REPORT)
     _print_summary(records)
-    console.print(f"record and report: {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"record and report: {folder / REPORT}", soft_wrap=True)
 
 
 def _simulate_with_progress(runs: Sequence[PlannedRun], comparison: bool) -> list[Any]:
