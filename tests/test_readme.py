@@ -50,6 +50,8 @@ def fresh_clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone whose environment borrows this one's libraries: installing them takes minutes."""
     folder = clone(tmp_path_factory.mktemp("fresh") / "fedcopra")
     subprocess.run([sys.executable, "-m", "venv", str(folder / ".venv")], check=True)
+    # Python's own bundled setuptools may be too old for this project; the borrowed one is not.
+    run(".venv/bin/pip uninstall --quiet --yes setuptools", folder)
     [site] = (folder / ".venv" / "lib").glob("python*/site-packages")
     # Listed after the clone's own installation, which therefore wins.
     (site / "zz_borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
