@@ -8,14 +8,28 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from clients.evaluation import evaluate_own
 from clients.training import LocalRun, train_locally
-from common.adapters import at_rank, load_adapted_backbone, part_of
+from clients.upload import answer, compressed, rank_of, returned
+from common.adapters import AdaptedBackbone, at_rank, load_adapted_backbone
 from common.config import Adapter, Backbone, Experiment, Partition, Task
+from common.errors import UpdateRefusedError
 from common.features import Features, extract_features
-from common.messages import Outcome, pack_identity, pack_update, unpack_instruction
+from common.memory import Memory, under
+from common.messages import (
+    Outcome,
+    pack_identity,
+    pack_scores,
+    pack_update,
+    recall,
+    remember,
+    unpack_instruction,
+)
+from common.residuals import caught_up, is_change, is_residual
 from common.seeds import child_seed
 from common.shards import deal_shards
-from common.tensors import Tensors
+from common.tails import padded
+from common.tensors import Tensors, part_of
 
 app = ClientApp()
 
@@ -29,19 +43,11 @@ def identify(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train on this client's shard as the server's plan says; return what was trained."""
-    plan, received = unpack_instruction(message.content)
-    experiment = _experiment(plan.experiment)
-    # Several clients share the machine: one thread each is fastest, and gives the same sums on
-    # any number of workers.
-    torch.set_num_threads(1)
+    client = _Client(message, context)
+    plan, experiment = client.plan, client.experiment
     federation, settings = experiment.federation, experiment.train
-    shards = deal_shards(experiment.task, experiment.partition, federation.seed)
-    task = shards[plan.client].task
-    rank = experiment.adapter.rank_of(plan.client)
-    model = load_adapted_backbone(
-        experiment.backbone, task.kind, experiment.adapter, settings.device
-    )
-    model.load(at_rank(model.initial((task,), federation.seed), rank) | received, rank, task)
+    model = client.loaded_model()
+    start_state = model.state()
     rows = _features(
         experiment.task,
         experiment.partition,
@@ -57,12 +63,117 @@ def train(message: Message, context: Context) -> Message:
         steps=plan.steps,
         total_steps=federation.rounds * plan.steps,
         trains=plan.trains,
+        rules=plan.rules,
+        rank=rank_of(client.held),
     )
     start = time.perf_counter()
-    loss = train_locally(model, rows, run, settings, experiment.copra)
-    trained: Tensors = {n: t for n, t in model.state().items() if part_of(n) in plan.trains}
-    outcome = Outcome(plan.client, len(rows), loss, time.perf_counter() - start)
-    return Message(pack_update(outcome, trained), reply_to=message)
+    trained = train_locally(
+        model, rows, run, settings, experiment.copra, client.control_correction()
+    )
+    upload = returned(
+        plan,
+        federation.seed,
+        client.scale,
+        client.held,
+        start_state,
+        model.state(),
+        client.memory,
+        trained,
+    )
+    tensors, own = compressed(
+        upload.tensors, client.held, upload.own, experiment.wire.up, plan.rules.steady
+    )
+    outcome = Outcome(plan.client, len(rows), trained.loss, time.perf_counter() - start)
+    client.remember(own)
+    return Message(pack_update(outcome, tensors), reply_to=message)
+
+
+@app.train("project")
+def project(message: Message, context: Context) -> Message:
+    """Answer the server's second question of a round: project what was trained on its basis."""
+    plan, bases = unpack_instruction(message.content)
+    memory = recall(context.state, plan.client, plan.run)
+    experiment = _experiment(plan.experiment)
+    scale = experiment.adapter.scale(experiment.adapter.rank_of(plan.client))
+    tensors = answer(under("pending/", memory.own), scale, bases)
+    return Message(pack_update(Outcome(plan.client, 1, 0.0, 0.0), tensors), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score this client's own model on held-out rows, weighted like its own shard."""
+    client = _Client(message, context)
+    model = client.loaded_model()
+    accuracy, loss = evaluate_own(model, client.experiment, client.shard)
+    client.remember(client.memory.own)
+    return Message(pack_scores(client.plan.client, accuracy, loss), reply_to=message)
+
+
+class _Client:
+    """One client in one exchange: what it was told, what it remembers, where it starts from.
+
+    Raises:
+        UpdateRefusedError: it no longer holds what the server believes it does.
+    """
+
+    def __init__(self, message: Message, context: Context) -> None:
+        self.plan, received = unpack_instruction(message.content)
+        self.experiment = _experiment(self.plan.experiment)
+        # Several clients share the machine: one thread each is fastest, and gives the same sums on
+        # any number of workers.
+        torch.set_num_threads(1)
+        self._context = context
+        self.memory = recall(context.state, self.plan.client, self.plan.run)
+        if self.plan.since and self.memory.parcel != self.plan.since:
+            raise UpdateRefusedError(
+                f"client {self.plan.client} no longer holds parcel {self.plan.since}; "
+                "it has to be sent everything again"
+            )
+        seed = self.experiment.federation.seed
+        shards = deal_shards(self.experiment.task, self.experiment.partition, seed)
+        self.shard = shards[self.plan.client]
+        self.rank = self.experiment.adapter.rank_of(self.plan.client)
+        self.scale = self.experiment.adapter.scale(self.rank)
+        self.held = self._unpacked(received, self._model())
+
+    def _model(self) -> AdaptedBackbone:
+        experiment = self.experiment
+        kind, device = self.shard.task.kind, experiment.train.device
+        return load_adapted_backbone(experiment.backbone, kind, experiment.adapter, device)
+
+    def _unpacked(self, received: Tensors, model: AdaptedBackbone) -> Tensors:
+        """Return the whole model that this parcel stands for."""
+        plan = self.plan
+        known = self.memory.held if plan.since else {}
+        seed = self.experiment.federation.seed
+        start = model.initial((self.shard.task,), seed, plan.restart)
+        drawn = {n: t for n, t in at_rank(start, self.rank).items() if part_of(n) in plan.fresh}
+        sent = {
+            name: tensor.float() if tensor.dtype == torch.float16 else tensor
+            for name, tensor in received.items()
+            if not is_change(name)
+        }
+        kept = {n: t for n, t in known.items() if not is_residual(n)}
+        return {**kept, **drawn, **sent, **caught_up(known, received)}
+
+    def loaded_model(self) -> AdaptedBackbone:
+        """Return the model, loaded with what was sent and, over it, what this client keeps."""
+        model = self._model()
+        whole = {n: t for n, t in self.held.items() if not n.startswith("control/")}
+        whole |= under("kept/", self.memory.own)
+        model.load(padded(whole, self.rank), self.rank, self.shard.task)
+        return model
+
+    def control_correction(self) -> Tensors:
+        """Return SCAFFOLD's `c - c_k`; nothing for other methods."""
+        own = under("control/", self.memory.own)
+        common = under("control/", self.held)
+        return {n: c - own[n] if n in own else c for n, c in common.items()}
+
+    def remember(self, own: Tensors) -> None:
+        """Keep the model of this parcel, and what is the client's own."""
+        memory = Memory(self.plan.parcel, self.held, own)
+        remember(self._context.state, self.plan.client, self.plan.run, memory)
 
 
 @functools.lru_cache(maxsize=16)

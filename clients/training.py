@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.adapters import AdaptedBackbone, part_of
+from common.adapters import AdaptedBackbone
 from common.config import Copra, Train
 from common.copra import draw_switches, keep_probability, switched
 from common.features import Features
+from common.rules import NO_RULES, LocalRules
 from common.seeds import child_seed, torch_generator
+from common.tails import kept_directions, tail_size
+from common.tensors import Tensors, part_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class LocalRun:
         steps: local steps of this round.
         total_steps: T, the steps of the whole run.
         trains: the parts that are trained; the others stay as they were loaded.
+        rules: what the method asks for beside.
+        rank: the directions that are trained; behind them a slot may hold pruned ones.
     """
 
     seed: int
@@ -34,23 +39,43 @@ class LocalRun:
     steps: int
     total_steps: int
     trains: tuple[str, ...]
+    rules: LocalRules = NO_RULES
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training tells: the mean loss of its steps, and the sum of their learning rates."""
+
+    loss: float
+    total_rate: float
 
 
 def train_locally(
-    model: AdaptedBackbone, rows: Features, run: LocalRun, train: Train, copra: Copra
-) -> float:
-    """Train the loaded model in place by AdamW and return the mean loss of its steps.
+    model: AdaptedBackbone,
+    rows: Features,
+    run: LocalRun,
+    train: Train,
+    copra: Copra,
+    correction: Tensors | None = None,
+) -> Trained:
+    """Train the loaded model in place.
 
-    Cross-entropy per example; gradients are clipped at `max_grad_norm`. The optimiser starts
-    afresh: after a merge the factors' basis has turned, and old moments mean nothing.
+    Cross-entropy per example, and what the rules add to it; gradients are clipped at
+    `max_grad_norm`, then `correction` is added to them, name by name (SCAFFOLD's `c - c_k`). The
+    optimiser starts afresh: after a merge the factors' basis has turned, and old moments mean
+    nothing.
     """
     parameters = {n: p for n, p in model.parameters().items() if part_of(n) in run.trains}
     for name, parameter in model.parameters().items():
         parameter.requires_grad_(name in parameters)
-    optimiser = torch.optim.AdamW(
+    optimiser = _OPTIMISERS[train.optimiser](
         parameters.values(), lr=train.learning_rate, weight_decay=train.weight_decay
     )
     device = model.backbone.device
+    corrections = {n: t.to(device) for n, t in (correction or {}).items() if n in parameters}
+    penalties = _penalties(parameters, run)
+    total_rate = 0.0
     batches = _shuffled_batches(len(rows), train.batch_size, torch_generator(run.seed, "batches"))
     switch_stream = torch_generator(run.seed, "copra")
     blocks = model.blocks
@@ -63,19 +88,52 @@ def train_locally(
         for step in range(run.steps):
             for group in optimiser.param_groups:
                 group["lr"] = _learning_rate(step, run, train)
+            total_rate += _learning_rate(step, run, train)
             optimiser.zero_grad(set_to_none=True)
             with _dropped_blocks(blocks, run, step, copra, switch_stream):
                 batch = rows.batch(next(batches), device)
                 with _precision(train, device):
                     logits = model.logits(batch)
                 loss = functional.cross_entropy(logits, batch.labels)
-                loss.backward()  # type: ignore[no-untyped-call]
+                objective = sum((penalty() for penalty in penalties), start=loss)
+                objective.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters.values(), train.max_grad_norm)
+            _correct(parameters, corrections)
             optimiser.step()
             total_loss += loss.detach()
     optimiser.zero_grad(set_to_none=True)
     model.module.eval()
-    return float(total_loss) / run.steps
+    return Trained(float(total_loss) / run.steps, total_rate)
+
+
+_OPTIMISERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+def _penalties(parameters: Mapping[str, nn.Parameter], run: LocalRun) -> list[Callable[[], Tensor]]:
+    """Return the terms that the rules add to the loss."""
+    rules, penalties = run.rules, list[Callable[[], Tensor]]()
+    if rules.proximal:
+        sent = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        penalties.append(lambda: rules.proximal / 2 * _squared_distance(parameters, sent))
+    if rules.tail_penalty:
+        kept = kept_directions(run.rank, rules.tail_share)
+        penalties.append(lambda: rules.tail_penalty * tail_size(parameters, kept))
+    return penalties
+
+
+def _squared_distance(parameters: Tensors, others: Tensors) -> Tensor:
+    """Return `||x - y||²` over all names."""
+    return torch.stack([(p - others[n]).square().sum() for n, p in parameters.items()]).sum()
+
+
+def _correct(parameters: Mapping[str, nn.Parameter], corrections: Tensors) -> None:
+    for name, correction in corrections.items():
+        gradient = parameters[name].grad
+        # A branch that was dropped has no gradient; the correction holds for it all the same.
+        parameters[name].grad = correction.clone() if gradient is None else gradient + correction
 
 
 def _keep_statistics(module: nn.Module) -> None:

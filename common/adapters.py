@@ -25,29 +25,14 @@ from common.config import Adapter, Backbone
 from common.copra import group_by_block
 from common.errors import ConfigError
 from common.features import Batch
-from common.lowrank import adapted_modules, factor_names, is_factor
+from common.lowrank import adapted_modules, factor_names, is_factor, kaiming_start
+from common.residuals import is_residual, residual_name
 from common.seeds import torch_generator
 from common.tasks import Kind, LabelledTask
-from common.tensors import Tensors, check_update, head_prefix
+from common.tensors import Tensors, check_update, head_prefix, part_of
 
-_RESIDUAL = ".residual.weight"
 # PEFT has no defaults for vision models; these are its own for the others.
 _DEFAULT_TARGETS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"))
-
-
-def residual_name(module: str) -> str:
-    """Return the name of the dense residual of `module`."""
-    return module + _RESIDUAL
-
-
-def is_residual(name: str) -> bool:
-    """Say whether `name` is a dense residual."""
-    return name.endswith(_RESIDUAL)
-
-
-def part_of(name: str) -> str:
-    """Return what a tensor is: `lora_A`, `lora_B`, `head` or `residual`; else its parent's name."""
-    return "head" if name.startswith("head.") else name.rpartition(".")[0].rpartition(".")[2]
 
 
 class AdaptedBackbone:
@@ -76,19 +61,19 @@ class AdaptedBackbone:
         heads = {name: parameter.shape for name, parameter in self._head(task).items()}
         return _factor_shapes(self._targets, rank) | heads
 
-    def initial(self, tasks: tuple[LabelledTask, ...], seed: int) -> dict[str, Tensor]:
+    def initial(
+        self, tasks: tuple[LabelledTask, ...], seed: int, restart: int = 0
+    ) -> dict[str, Tensor]:
         """Return the common start, of the largest rank: A as PEFT draws it, B zero, a fresh head.
 
         A client of rank r starts from the first r rows of A. Drawn from `seed` alone, so that
-        every process can make the same start.
+        every process can make the same start; each `restart` has an A of its own.
         """
         rank = self._adapter.server_rank
         state: dict[str, Tensor] = {}
         for module, (out_features, in_features) in self._targets.items():
             name_B, name_A = factor_names(module)
-            bound = in_features**-0.5  # Kaiming-uniform with a = √5
-            draw = torch.rand(rank, in_features, generator=torch_generator(seed, "lora_A", module))
-            state[name_A] = (2 * draw - 1) * bound
+            state[name_A] = kaiming_start(rank, in_features, module, seed, restart)
             state[name_B] = torch.zeros(out_features, rank)
         spread = float(getattr(self.backbone.encoder.config, "initializer_range", 0.02))
         for task in tasks:

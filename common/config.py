@@ -146,10 +146,11 @@ class Copra(_Table):
 
 
 class Train(_Table):
-    """The local loop of one client in one round: AdamW, started afresh each round."""
+    """The local loop of one client in one round; the optimiser starts afresh each round."""
 
     local_steps: int = Field(10, ge=1)
     batch_size: int = Field(32, ge=1)
+    optimiser: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.0, ge=0, lt=1, description="share of each round's local steps")
@@ -171,10 +172,25 @@ class Federation(_Table):
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0, description="Ray actors; 0: in this process, without Ray")
     timeout: float = Field(3600.0, gt=0, description="seconds to wait for a round's replies")
+    evaluate_every: int = Field(
+        1, ge=1, description="rounds from one evaluation to the next; the last is always evaluated"
+    )
 
     def cohort_size(self, clients: int) -> int:
         """Return how many of `clients` take part in a round."""
         return max(1, round(self.fraction * clients))
+
+
+class Wire(_Table):
+    """In which form numbers travel; whatever the strategy.
+
+    `up` is of increments over what the client was sent, with error feedback where the method's
+    coordinates last from round to round. `down` is of factors and heads: changes of the base
+    always travel in full, since what is lost of them would never come back.
+    """
+
+    up: Literal["float32", "float16", "int8", "int4"] = "float32"
+    down: Literal["float32", "float16"] = "float32"
 
 
 class Experiment(_Table):
@@ -187,6 +203,7 @@ class Experiment(_Table):
     copra: Copra = Copra()
     train: Train = Train()
     federation: Federation = Federation()
+    wire: Wire = Wire()
     # `name`, and a table of options a strategy: these belong to `strategies`, which checks them.
     strategy: Mapping[str, Any] = Field(default_factory=lambda: {"name": "fedavg"})
 

@@ -91,4 +91,13 @@ def _image_features(backbone: PretrainedBackbone, split: Split) -> Features:
     return Features({"pixel_values": stored}, torch.from_numpy(split.labels), mean, std)
 
 
+def shortest_first(features: Features) -> Features:
+    """Order texts by length, so that batches carry little padding; pictures stay as they are."""
+    if "attention_mask" not in features.inputs:
+        return features
+    order = features.inputs["attention_mask"].sum(dim=1).argsort(stable=True)
+    inputs = {name: tensor[order] for name, tensor in features.inputs.items()}
+    return Features(inputs, features.labels[order])
+
+
 _EXTRACTORS = {"text": _text_features, "image": _image_features}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.seeds import torch_generator
 from common.tensors import Tensors
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -29,6 +30,17 @@ def adapted_modules(tensors: Iterable[str]) -> list[str]:
 def is_factor(name: str) -> bool:
     """Say whether `name` is a LoRA factor (and not a head, say)."""
     return name.endswith((_A, _B))
+
+
+def kaiming_start(rank: int, features: int, module: str, seed: int, restart: int = 0) -> Tensor:
+    """Draw A (rank, features) as PEFT does: Kaiming-uniform with a = √5, so within ±1/√features.
+
+    A function of the names and numbers alone, so that server and clients draw the same. `restart`
+    counts how often a method has thrown its adapters away; 0 is the common start.
+    """
+    stream = torch_generator(seed, "lora_A", module, *([restart] if restart else []))
+    draw = torch.rand(rank, features, generator=stream)
+    return (2 * draw - 1) * float(features**-0.5)
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,12 @@ class Term:
     def rank(self) -> int:
         """Return r, the inner dimension."""
         return self.A.shape[0]
+
+
+def named_factors(module: str, term: Term) -> dict[str, Tensor]:
+    """Return the factors of `module` under their names, float32 and contiguous."""
+    name_B, name_A = factor_names(module)
+    return {name_A: term.A.float().contiguous(), name_B: term.B.float().contiguous()}
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,39 @@ class Span:
     def norm(self, coefficients: Sequence[float | Tensor]) -> float:
         """Return the Frobenius norm of `Σ_j B_j·diag(c_j)·A_j`."""
         return float(torch.linalg.matrix_norm(self.core(coefficients)))
+
+
+class RunningSum:
+    """`Σ_j c_j·B_j·A_j` over terms that come one at a time; for one module.
+
+    Exact without `limit`: all terms are kept. With it at most `limit` directions and one term are
+    held, in float32: what no longer fits is truncated to the best `limit`, and `dropped` bounds
+    the Frobenius norm of all that the sum has lost, roundings included.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self._limit = limit
+        self._terms: list[tuple[float, Term]] = []
+        self.dropped = 0.0
+
+    def add(self, coefficient: float, term: Term) -> None:
+        """Add `coefficient·B·A`."""
+        self._terms.append((coefficient, term))
+        if self._limit and len(self._terms) > 1:
+            self._compress()
+
+    def svd(self, factor: float = 1.0) -> SVD:
+        """Return the SVD of `factor` times the sum."""
+        span = Span([term for _, term in self._terms])
+        return span.svd([factor * coefficient for coefficient, _ in self._terms])
+
+    def _compress(self) -> None:
+        whole = self.svd()
+        kept = whole.truncated(self._limit)
+        tail = float(whole.S[self._limit :].norm())
+        # Two factors rounded to float32, each to half a unit in the last place.
+        self.dropped += tail + float(kept.S.norm()) * 2**-23
+        self._terms = [(1.0, Term((kept.U * kept.S).float(), kept.V.T.float().contiguous()))]
 
 
 def balanced_factors(svd: SVD, scale: float) -> Term:

@@ -4,40 +4,55 @@ Packs and unpacks Flower's records, and alone knows their names. Bytes are count
 that is serialised.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
-from common.adapters import part_of
 from common.errors import UpdateRefusedError
-from common.tensors import Tensors
+from common.memory import Memory
+from common.residuals import is_change, is_residual
+from common.rules import LocalRules
+from common.tensors import Tensors, part_of
 
-_TENSORS, _PLAN, _OUTCOME = "tensors", "plan", "outcome"
-_KINDS = {"lora_A": "adapter", "lora_B": "adapter", "head": "head", "residual": "residual"}
+_TENSORS, _PLAN, _OUTCOME, _TEXT = "tensors", "plan", "outcome", "text"
+_HELD, _OWN, _MEMORY = "held", "own", "memory"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a client is to do this round, in plain values: it never sees a strategy.
+    """What a client is to do in this exchange, in plain values: it never sees a strategy.
 
     Attributes:
         experiment: the resolved experiment, as JSON.
+        run: tells the runs apart that a client may take part in.
         client: whose turn it is; its rank and its random streams follow from it.
         shards: the clients whose rows are trained on; its own, but for pooled controls.
         round: 1-based.
         steps: local steps.
-        trains: the parts that are trained, and so sent and returned.
+        trains: the parts that are trained.
+        parcel: the number of this parcel.
+        since: the number of the parcel that the server believes this client holds; 0 for none.
+        fresh: the parts that the client draws itself, as they are at the start.
+        restart: which start those are drawn from.
+        rules: what the method asks for beside training.
     """
 
     experiment: str
+    run: str
     client: int
     shards: tuple[int, ...]
     round: int
     steps: int
     trains: tuple[str, ...]
+    parcel: int
+    since: int
+    fresh: tuple[str, ...]
+    restart: int
+    rules: LocalRules
 
 
 @dataclass(frozen=True)
@@ -52,31 +67,19 @@ class Outcome:
 
 def pack_instruction(plan: Plan, tensors: Tensors) -> RecordDict:
     """Pack what the server sends."""
-    config = ConfigRecord(
-        {
-            "experiment": plan.experiment,
-            "client": plan.client,
-            "shards": list(plan.shards),
-            "round": plan.round,
-            "steps": plan.steps,
-            "trains": list(plan.trains),
-        }
-    )
+    config = ConfigRecord({_TEXT: json.dumps(asdict(plan))})
     return RecordDict({_PLAN: config, _TENSORS: _pack(tensors)})
 
 
 def unpack_instruction(content: RecordDict) -> tuple[Plan, dict[str, torch.Tensor]]:
     """Return what the server sent."""
-    config = content.config_records[_PLAN]
+    values = json.loads(str(content.config_records[_PLAN][_TEXT]))
+    rules = values.pop("rules")
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     plan = Plan(
-        experiment=str(config["experiment"]),
-        client=int(config["client"]),  # type: ignore[arg-type]
-        shards=tuple(config["shards"]),  # type: ignore[arg-type]
-        round=int(config["round"]),  # type: ignore[arg-type]
-        steps=int(config["steps"]),  # type: ignore[arg-type]
-        trains=tuple(config["trains"]),  # type: ignore[arg-type]
+        **{**values, **lists}, rules=LocalRules(**{**rules, "keeps": tuple(rules["keeps"])})
     )
-    return plan, _unpack(content)
+    return plan, _unpack(content.array_records[_TENSORS])
 
 
 def pack_update(outcome: Outcome, tensors: Tensors) -> RecordDict:
@@ -106,7 +109,7 @@ def unpack_update(content: RecordDict) -> tuple[Outcome, dict[str, torch.Tensor]
             loss=float(config["loss"]),  # type: ignore[arg-type]
             seconds=float(config["seconds"]),  # type: ignore[arg-type]
         )
-        tensors = _unpack(content)
+        tensors = _unpack(content.array_records[_TENSORS])
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateRefusedError(f"the reply cannot be read: {error!r}") from None
     if outcome.num_examples < 1:
@@ -124,16 +127,71 @@ def unpack_identity(content: RecordDict) -> int:
     return int(content.config_records[_OUTCOME]["client"])  # type: ignore[arg-type]
 
 
-def count_bytes(content: RecordDict, tensors: Tensors) -> dict[str, int]:
+def pack_scores(client: int, accuracy: float, loss: float) -> RecordDict:
+    """Pack what a client says of its own model."""
+    return RecordDict(
+        {_OUTCOME: ConfigRecord({"client": client, "accuracy": accuracy, "loss": loss})}
+    )
+
+
+def unpack_scores(content: RecordDict) -> tuple[int, float, float]:
+    """Return (client, accuracy, loss)."""
+    config = content.config_records[_OUTCOME]
+    return int(config["client"]), float(config["accuracy"]), float(config["loss"])  # type: ignore[arg-type]
+
+
+def recall(state: RecordDict, client: int, run: str) -> Memory:
+    """Return what this client remembers of the run, from Flower's context of its node."""
+    config = state.config_records.get(f"{_MEMORY}.{client}")
+    if config is None or config["run"] != run:
+        return Memory()
+    return Memory(
+        int(config["parcel"]),  # type: ignore[arg-type]
+        _unpack(state.array_records[f"{_HELD}.{client}"]),
+        _unpack(state.array_records[f"{_OWN}.{client}"]),
+    )
+
+
+def remember(state: RecordDict, client: int, run: str, memory: Memory) -> None:
+    """Put a client's memory into Flower's context of its node, in place of any older one."""
+    state[f"{_MEMORY}.{client}"] = ConfigRecord({"run": run, "parcel": memory.parcel})
+    state[f"{_HELD}.{client}"] = _pack(memory.held)
+    state[f"{_OWN}.{client}"] = _pack(memory.own)
+
+
+def kind_of(name: str) -> str:
+    """Return under which heading the bytes of a tensor are counted.
+
+    `A`, `B`, `head`, `residual` (changes of the base), `control` (control variates), `sketch`, or
+    `unknown` for what is going to be refused.
+    """
+    if is_change(name) or is_residual(name):
+        return "residual"
+    if name.startswith("control/"):
+        return "control"
+    return _KINDS.get(part_of(name), "unknown")
+
+
+_KINDS = {
+    "lora_A": "A",
+    "lora_B": "B",
+    "head": "head",
+    "sketch": "sketch",
+    "basis": "sketch",
+    "projection": "sketch",
+}
+
+
+def count_bytes(content: RecordDict) -> dict[str, int]:
     """Return the bytes of a message by kind: the numbers themselves, and all the rest.
 
     `protocol` is everything that is no number of a tensor: names, array headers, the plan. The
     total is the length of the serialised record.
     """
     counted: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        if kind := _KINDS.get(part_of(name)):
-            counted[kind] = counted.get(kind, 0) + tensor.nbytes
+    for name, array in content.array_records[_TENSORS].items():
+        kind = kind_of(name)
+        counted[kind] = counted.get(kind, 0) + array.numpy().nbytes
     total = recorddict_to_proto(content).ByteSize()
     return counted | {"protocol": total - sum(counted.values()), "total": total}
 
@@ -147,7 +205,6 @@ def _pack(tensors: Tensors) -> ArrayRecord:
     return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
 
 
-def _unpack(content: RecordDict) -> dict[str, torch.Tensor]:
-    arrays = content.array_records[_TENSORS]
+def _unpack(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
     # Flower's buffers are read-only: copy, so that torch may own them.
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}

@@ -7,10 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy (0 to 1) and mean cross-entropy (nats an example); `tasks` if there are several."""
+    """Accuracy (0 to 1) and mean cross-entropy (nats an example); `tasks` if there are several.
+
+    The own figures are means over clients, on rows weighted like each client's labels: all that a
+    personalised model can be judged by, and there for the others too, so that they compare.
+    """
 
     accuracy: float
     loss: float
+    own_accuracy: float | None = None
+    own_loss: float | None = None
     tasks: Mapping[str, "Scores"] = field(default_factory=dict)
 
     def as_record(self) -> dict[str, Any]:

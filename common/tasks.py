@@ -476,3 +476,11 @@ def _hub_images(source: TaskSource, data: Any) -> SourceRows:
         if split in data
     }
     return SourceRows("image", labels, splits)
+
+
+def held_out(task: LabelledTask, name: str) -> Split:
+    """Return the rows that models are scored on: `test` or `validation`."""
+    split = {"test": task.test, "validation": task.validation}[name]
+    if not len(split):
+        raise DataError(f"task.evaluate_on = {name!r}: task {task.name} has no {name} rows")
+    return split

@@ -1,7 +1,7 @@
 """Name-wise arithmetic over `{name: tensor}`, the form in which trainable state travels."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,27 +16,61 @@ def head_prefix(task: str) -> str:
     return f"head.{task.replace('%', '%25').replace('.', '%2E')}."
 
 
-def weighted_mean(weights: Sequence[float], members: Sequence[Tensors]) -> dict[str, Tensor]:
-    """Return `Σ w_k x_k / Σ w_k`, name by name, over the members that hold the name.
+def part_of(name: str) -> str:
+    """Return what a tensor is: `lora_A`, `lora_B`, `head` or `residual`; else its parent's name."""
+    return "head" if name.startswith("head.") else name.rpartition(".")[0].rpartition(".")[2]
+
+
+class RunningMean:
+    """`Σ w_k x_k / Σ w_k`, name by name, over members that come one at a time.
 
     Sums run in float64 in the order given and come back in the dtype of the first holder. A name
-    that only some members hold (the head of one task among several) is averaged over these.
+    that only some members hold (the head of one task among several) is averaged over these. Holds
+    two float32 members' worth of memory, however many come.
     """
-    names = sorted({name for member in members for name in member})
-    return {name: _mean_of(name, weights, members) for name in names}
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, weight: float, member: Tensors) -> None:
+        """Count one member in."""
+        for name, tensor in member.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
+                self._weights[name] = 0.0
+                self._dtypes[name] = tensor.dtype
+            self._sums[name].add_(tensor, alpha=weight)
+            self._weights[name] += weight
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean of every name, sorted by name."""
+        return {
+            name: (self._sums[name] / self._weights[name]).to(self._dtypes[name])
+            for name in sorted(self._sums)
+        }
 
 
-def _mean_of(name: str, weights: Sequence[float], members: Sequence[Tensors]) -> Tensor:
-    held = [(w, m[name]) for w, m in zip(weights, members, strict=True) if name in m]
-    total = torch.zeros(held[0][1].shape, dtype=torch.float64)
-    for weight, tensor in held:
-        total += weight * tensor.to(torch.float64)
-    return (total / sum(weight for weight, _ in held)).to(held[0][1].dtype)
+def weighted_mean(members: Iterable[tuple[float, Tensors]]) -> dict[str, Tensor]:
+    """Return the `RunningMean` of these `(weight, tensors)`, read once."""
+    running = RunningMean()
+    for weight, member in members:
+        running.add(weight, member)
+    return running.mean()
 
 
 def only(tensors: Tensors, names: Sequence[str] | set[str]) -> dict[str, Tensor]:
     """Return the tensors called `names`, in the order of `tensors`."""
     return {name: tensor for name, tensor in tensors.items() if name in names}
+
+
+def check_names(received: Tensors, expected: Iterable[str]) -> None:
+    """Raise `UpdateRefusedError`, naming one tensor, unless these and no others are there."""
+    if missing := sorted(set(expected) - received.keys()):
+        raise UpdateRefusedError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+    if unknown := sorted(received.keys() - set(expected)):
+        raise UpdateRefusedError(f"{len(unknown)} unknown tensors, the first is {unknown[0]}")
 
 
 def check_update(received: Tensors, expected: Mapping[str, torch.Size]) -> None:
@@ -45,10 +79,7 @@ def check_update(received: Tensors, expected: Mapping[str, torch.Size]) -> None:
     The key set and every shape must be as expected and every number finite: PEFT's own loader
     accepts a missing key, an unknown key and NaN without a word.
     """
-    if missing := sorted(expected.keys() - received.keys()):
-        raise UpdateRefusedError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
-    if unknown := sorted(received.keys() - expected.keys()):
-        raise UpdateRefusedError(f"{len(unknown)} unknown tensors, the first is {unknown[0]}")
+    check_names(received, expected)
     for name, shape in expected.items():
         if received[name].shape != shape:
             got, want = tuple(received[name].shape), tuple(shape)

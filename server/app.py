@@ -15,6 +15,7 @@ from server.flower_strategy import find_clients, run_federation, share_nodes
 from server.record import REPORT, appearing_whole, build_record, write_run
 from server.report import write_report
 from server.simulation import Finished
+from server.wording import round_line
 from strategies import resolve
 
 app = ServerApp()
@@ -29,7 +30,8 @@ def main(grid: Grid, context: Context) -> None:
     `out` is a folder on the machine of the SuperLink; relative paths start where that was started.
     """
     config: dict[str, Any] = dict(context.run_config)
-    find_nodes = share_nodes if config.pop("share_nodes") else _find_every_client
+    sharing = bool(config.pop("share_nodes"))
+    find_nodes = share_nodes if sharing else _find_every_client
     folder = Path(str(config.pop("out"))) / f"run-{context.run_id}"
     experiment = experiment_from_flat(config)
     resolve(experiment)
@@ -37,7 +39,9 @@ def main(grid: Grid, context: Context) -> None:
     with appearing_whole(folder.absolute()) as unfinished:
         evaluator = Evaluator(experiment)
         nodes = find_nodes(grid, experiment.partition.clients)
-        outcomes = run_federation(grid, experiment, evaluator, nodes, _log_round)
+        outcomes = run_federation(
+            grid, experiment, evaluator, nodes, _log_round, remembering=not sharing
+        )
         finished = Finished(experiment, outcomes, evaluator)
         record = build_record(finished, experiment.strategy_name)
         write_run(unfinished, record, outcomes.served)
@@ -50,4 +54,4 @@ def _find_every_client(grid: Grid, wanted: int) -> dict[int, int]:
 
 
 def _log_round(row: Mapping[str, Any]) -> None:
-    _log.info("round %d: accuracy %.3f, loss %.3f", row["round"], row["accuracy"], row["loss"])
+    _log.info("%s", round_line(row))

@@ -26,6 +26,7 @@ from common.config import (
 )
 from common.errors import ConfigError, FedcopraError
 from server.environment import prepare_environment
+from server.wording import round_line
 
 app = typer.Typer(
     name="fedcopra",
@@ -260,7 +261,7 @@ def _simulate_with_progress(runs: Sequence[PlannedRun], comparison: bool) -> lis
             seed = run.experiment.federation.seed
             progress.update(bar, advance=1, description=f"{run.label}, seed {seed}")
             if not comparison or row["round"] == run.experiment.federation.rounds:
-                line = f"{run.label}, seed {seed}, {_round_line(row)}"
+                line = f"{run.label}, seed {seed}, {round_line(row)}"
                 progress.console.print(line, soft_wrap=True)
             for client in row["clients"]:
                 if client["status"] != "ok":
@@ -271,14 +272,6 @@ def _simulate_with_progress(runs: Sequence[PlannedRun], comparison: bool) -> lis
                     )
 
         return simulate_runs([run.experiment for run in runs], on_progress)
-
-
-def _round_line(row: Mapping[str, Any]) -> str:
-    up, down = row["bytes"]["up"].get("total", 0), row["bytes"]["down"].get("total", 0)
-    return (
-        f"round {row['round']}: accuracy {row['accuracy']:.3f}, loss {row['loss']:.3f}, "
-        f"up {up / 1e6:.2f} MB, down {down / 1e6:.2f} MB, {row['seconds']['wall']:.1f} s"
-    )
 
 
 def _print_summary(records: Sequence[Mapping[str, Any]]) -> None:

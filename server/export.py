@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from common.adapters import export_peft, is_residual
+from common.adapters import export_peft
 from common.errors import ConfigError
+from common.residuals import is_residual
 from common.tasks import load_tasks
 from server.record import appearing_whole, read_run
 from strategies.base import for_task

@@ -7,34 +7,47 @@ or refused is named in the record while the round goes on without it.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+from uuid import uuid4
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategyBase
 
-from common.adapters import is_residual, part_of
+from common.adapters import at_rank
+from common.compression import Format
 from common.config import Experiment
-from common.errors import FedcopraError, UpdateRefusedError
+from common.errors import ConfigError, FedcopraError, UpdateRefusedError
 from common.messages import (
-    Outcome,
     Plan,
     add_bytes,
     count_bytes,
     pack_instruction,
     unpack_identity,
+    unpack_scores,
     unpack_update,
 )
 from common.metrics import Scores
+from common.returns import Shapes, read_update, wanted_projections, wanted_update
 from common.seeds import numpy_generator
-from common.tensors import Tensors, check_update, digest, only
+from common.shards import deal_shards
+from common.tensors import Tensors, digest
 from server.evaluation import Evaluator
+from server.parcels import Parcel, Parcels
 from strategies import resolve, setting_of
 from strategies.aggregation_error import aggregation_error
-from strategies.base import Assignment, Client, Served, Update, data_weights
+from strategies.base import (
+    Assignment,
+    Client,
+    Served,
+    Strategy,
+    Update,
+    data_weights,
+    for_task,
+    restarts_so_far,
+)
 
 OnRound = Callable[[Mapping[str, Any]], None]
 
@@ -54,8 +67,9 @@ class _Sent:
     """One message of the round in progress."""
 
     client: Client
+    plan: Plan
+    parcel: Parcel
     message: Message
-    tensors: Tensors
 
 
 @dataclass
@@ -64,6 +78,8 @@ class _Round:
 
     began: float
     sent: list[_Sent] = field(default_factory=list)
+    asked: list[_Sent] = field(default_factory=list)
+    client_bytes: dict[int, dict[str, dict[str, int]]] = field(default_factory=dict)
     row: dict[str, Any] = field(default_factory=dict)
     pushed: float = 0.0
 
@@ -74,13 +90,17 @@ def run_federation(
     evaluator: Evaluator,
     nodes: Mapping[int, int],
     on_round: OnRound,
+    *,
+    remembering: bool = True,
 ) -> Outcomes:
     """Run every round of `experiment` over `nodes`, which maps clients to Flower's node ids.
+
+    `remembering` says that every client has a node, and so a memory, of its own.
 
     Raises:
         FedcopraError: no client's update has ever been accepted.
     """
-    bridge = FedcopraStrategy(experiment, evaluator, nodes, on_round)
+    bridge = FedcopraStrategy(experiment, evaluator, nodes, on_round, remembering=remembering)
     bridge.start(
         grid,
         initial_arrays=ArrayRecord(),
@@ -147,21 +167,31 @@ class FedcopraStrategy(FlowerStrategyBase):
         evaluator: Evaluator,
         nodes: Mapping[int, int],
         on_round: OnRound,
+        *,
+        remembering: bool,
     ) -> None:
         self._experiment = experiment
         self._text = experiment.model_dump_json()
+        # Tells apart runs of one experiment in the memory of clients; nothing is drawn from it.
+        self._run = uuid4().hex
         self._evaluator = evaluator
         self._nodes = nodes
         self._on_round = on_round
         self._strategy = resolve(experiment)
         self._setting = setting_of(experiment)
-        kept = ("lora_A", "lora_B") + (("head",) if experiment.adapter.train_head else ())
-        self._trains = tuple(part for part in self._strategy.trains if part in kept)
-        self._state: Tensors = self._strategy.start(evaluator.initial(experiment.federation.seed))
+        seed = experiment.federation.seed
+        self._shards = deal_shards(experiment.task, experiment.partition, seed)
+        if not remembering:
+            _refuse_without_memory(experiment, self._strategy)
+        self._parcels = Parcels(self._drawn, experiment.wire.down, remembering)
+        self._drawn_starts: dict[int, Tensors] = {}
+        self._state: Tensors = self._strategy.start(evaluator.initial(seed))
         self._accepted = 0
         served_rank = self._strategy.serve(self._state)[0].rank
         self._probe = evaluator.probe(self._strategy.probe_examples, served_rank)
         self._round = _Round(time.perf_counter())
+        self._grid: Grid | None = None
+        self._own_scores: list[Scores] = []
         self._start_scores: Scores | None = None
         self._rows: list[dict[str, Any]] = []
 
@@ -171,16 +201,16 @@ class FedcopraStrategy(FlowerStrategyBase):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Choose the cohort and write each client's message."""
-        self._round = _Round(time.perf_counter())
+        self._round, self._grid = _Round(time.perf_counter()), grid
         cohort = choose_cohort(self._experiment, server_round)
+        trains = self._trained_parts()
         for assignment in self._strategy.assign(cohort):
-            self._round.sent.append(self._instruct(assignment, server_round))
-        down: dict[str, int] = {}
+            self._round.sent.append(self._instruct(assignment, server_round, trains, "train"))
+        nothing = {"protocol": 0, "total": 0}
+        self._round.row = {"round": server_round, "bytes": {"up": nothing, "down": nothing}}
+        self._round.client_bytes = {sent.client.client: {} for sent in self._round.sent}
         for sent in self._round.sent:
-            payload = self._payload(sent.tensors)
-            down = add_bytes(down, count_bytes(sent.message.content, payload))
-        up = {"protocol": 0, "total": 0}
-        self._round.row = {"round": server_round, "bytes": {"up": up, "down": down}}
+            self._charge(sent.client, "down", sent.message)
         self._round.pushed = time.perf_counter()
         return [sent.message for sent in self._round.sent]
 
@@ -188,7 +218,6 @@ class FedcopraStrategy(FlowerStrategyBase):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check what arrived, merge it, and note all that happened."""
-        replied = time.perf_counter()
         by_question = {reply.metadata.reply_to_message_id: reply for reply in replies}
         clients, updates = [], []
         for sent in self._round.sent:
@@ -196,14 +225,15 @@ class FedcopraStrategy(FlowerStrategyBase):
             status, update = self._receive(sent, reply)
             clients.append(status)
             updates += [update] if update else []
-        merging = time.perf_counter()
-        error = None
+        if updates and self._strategy.follow_up:
+            updates = self._follow_up(updates, clients)
+        replied = time.perf_counter()
+        errors: dict[str, Any] = {"aggregation_error": None, "factor_covariance": None}
         diagnostics: dict[str, Any] = {"decision": "no update was accepted: the model stays"}
         if updates:
             merged = self._strategy.merge(self._state, updates, self._probe)
             self._state, diagnostics = merged.state, dict(merged.diagnostics)
-            served = self._strategy.serve(self._state)
-            error = aggregation_error(served, updates, self._setting)
+            errors |= self._errors(updates)
         self._accepted += len(updates)
         if not self._accepted:
             # Nothing has been learned: better to stop than to report the start as a result.
@@ -212,14 +242,16 @@ class FedcopraStrategy(FlowerStrategyBase):
                 f"{clients[0]['client']} {clients[0]['status']}: {clients[0]['reason']}"
             )
         self._note_weights(clients, updates, diagnostics.pop("weights", None))
+        for client in clients:
+            client["bytes"] = self._round.client_bytes[client["client"]]
         self._round.row |= {
-            "aggregation_error": error,
+            **errors,
             "clients": clients,
             "merge": diagnostics,
             "seconds": {
                 "training": sum(client["seconds"] or 0.0 for client in clients),
                 "waiting": replied - self._round.pushed,
-                "merge": time.perf_counter() - merging,
+                "merge": time.perf_counter() - replied,
             },
         }
         return None, None
@@ -227,13 +259,36 @@ class FedcopraStrategy(FlowerStrategyBase):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask no client: the served model is evaluated on the server."""
-        return []
+        """Ask every client for the score of its own model; where there is one model, ask nobody."""
+        self._own_scores, self._round.asked = [], []
+        if not (self._strategy.personalised and self._is_due(server_round)):
+            return []
+        for client in self._setting.clients:
+            alone = Assignment(client.client, (client.client,))
+            sent = self._instruct(alone, server_round, self._trained_parts(), "evaluate")
+            self._round.asked.append(sent)
+            down = count_bytes(sent.message.content)
+            scoring = self._round.row["bytes"].get("evaluation", {})
+            self._round.row["bytes"]["evaluation"] = add_bytes(scoring, down)
+        return [sent.message for sent in self._round.asked]
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """There is nothing to aggregate."""
+        """Collect what clients say of their own models."""
+        by_question = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        for sent in self._round.asked:
+            reply = by_question.get(sent.message.metadata.message_id)
+            if reply is None or reply.has_error():
+                self._parcels.lost(sent.client.client)
+                why = _last_line(str(reply.error.reason)) if reply else "no reply"
+                raise FedcopraError(
+                    f"client {sent.client.client} could not score its own model in round "
+                    f"{server_round}: {why}; without it the mean over clients means nothing"
+                )
+            self._parcels.arrived(sent.client.client, sent.parcel)
+            _, accuracy, loss = unpack_scores(reply.content)
+            self._own_scores.append(Scores(accuracy, loss))
         return None
 
     def summary(self) -> None:
@@ -242,17 +297,19 @@ class FedcopraStrategy(FlowerStrategyBase):
     def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Score the served model; round 0 is the common start."""
         began = time.perf_counter()
-        scores = self._evaluator.evaluate(self._strategy.serve(self._state))
         if server_round == 0:
-            self._start_scores = scores
+            self._start_scores = self._evaluator.evaluate(
+                self._strategy.serve(self._state), self._shards
+            )
             return None
+        scores = self._scores() if self._is_due(server_round) else _NOT_SCORED
         seconds = self._round.row["seconds"]
         seconds["evaluation"] = time.perf_counter() - began
         seconds["wall"] = time.perf_counter() - self._round.began
-        row = self._round.row | scores.as_record()
+        row = self._round.row | scores
         self._rows.append(row)
         self._on_round(row)
-        return MetricRecord({"accuracy": scores.accuracy, "loss": scores.loss})
+        return None
 
     def outcomes(self) -> Outcomes:
         """Return what the run leaves."""
@@ -261,33 +318,146 @@ class FedcopraStrategy(FlowerStrategyBase):
         served = tuple(self._strategy.serve(self._state))
         return Outcomes(self._start_scores, self._rows, served, digest_of(served))
 
+    # --- one round -----------------------------------------------------------------------------
+
+    def _trained_parts(self) -> tuple[str, ...]:
+        trains = self._strategy.trains(self._state)
+        head = self._experiment.adapter.train_head
+        return tuple(part for part in trains if head or part != "head")
+
+    def _is_due(self, server_round: int) -> bool:
+        federation = self._experiment.federation
+        return server_round % federation.evaluate_every == 0 or server_round == federation.rounds
+
+    def _scores(self) -> dict[str, Any]:
+        if not self._strategy.personalised:
+            served = self._strategy.serve(self._state)
+            return self._evaluator.evaluate(served, self._shards).as_record()
+        count = len(self._own_scores)
+        return {
+            **_NOT_SCORED,
+            "own_accuracy": sum(scores.accuracy for scores in self._own_scores) / count,
+            "own_loss": sum(scores.loss for scores in self._own_scores) / count,
+        }
+
+    def _errors(self, updates: Sequence[Update]) -> dict[str, Any]:
+        """Measure what merging lost; not where the server never sees the clients' deltas."""
+        rules = self._strategy.rules
+        if rules.keeps or rules.sketch:
+            return {}
+        served = self._strategy.serve(self._state)
+        measured = aggregation_error(served, updates, self._setting)
+        if measured is None:
+            return {}
+        return {
+            "aggregation_error": measured.error.total,
+            "factor_covariance": measured.covariance.total,
+            "modules": {
+                module: {
+                    "aggregation_error": error,
+                    "factor_covariance": measured.covariance.modules[module],
+                }
+                for module, error in measured.error.modules.items()
+            },
+        }
+
+    def _follow_up(self, updates: list[Update], clients: list[dict[str, Any]]) -> list[Update]:
+        """Ask the second question of a round, and lay the answers over the updates."""
+        ask, grid = self._strategy.follow_up, self._grid
+        if ask is None or grid is None:
+            raise RuntimeError("there is no second question, or no round in progress")
+        question = ask(self._state, updates)
+        plans = {sent.client.client: sent.plan for sent in self._round.sent}
+        messages = []
+        for update in updates:
+            message = Message(
+                pack_instruction(plans[update.client.client], question),
+                dst_node_id=self._nodes[update.client.client],
+                message_type="train.project",
+            )
+            self._charge(update.client, "down", message)
+            messages.append(message)
+        replies = grid.send_and_receive(messages, timeout=self._experiment.federation.timeout)
+        by_question = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        answered = []
+        for update, message in zip(updates, messages, strict=True):
+            reply = by_question.get(message.metadata.message_id)
+            wanted = wanted_projections(update.sent, self._strategy.rules)
+            status, tensors = self._read(update.client, reply, wanted, update.sent, "float32")
+            if tensors is None:
+                row = next(row for row in clients if row["client"] == update.client.client)
+                row |= {key: status[key] for key in ("status", "reason")}
+            else:
+                answered.append(replace(update, tensors={**update.tensors, **tensors}))
+        return answered
+
     # --- one client ----------------------------------------------------------------------------
 
-    def _instruct(self, assignment: Assignment, server_round: int) -> _Sent:
+    def _instruct(
+        self, assignment: Assignment, server_round: int, trains: tuple[str, ...], kind: str
+    ) -> _Sent:
         client = self._setting.clients[assignment.client]
-        tensors = self._strategy.send(self._state, client)
+        model = self._strategy.send(self._state, client)
+        restart = restarts_so_far(self._state)
+        parcel = self._parcels.pack(client, model, self._state, restart)
         plan = Plan(
             experiment=self._text,
+            run=self._run,
             client=client.client,
             shards=assignment.shards,
             round=server_round,
             steps=self._experiment.train.local_steps * assignment.steps_factor,
-            trains=self._trains,
+            trains=trains,
+            parcel=parcel.number,
+            since=parcel.since,
+            fresh=parcel.fresh,
+            restart=restart,
+            rules=self._strategy.rules,
         )
         message = Message(
-            pack_instruction(plan, self._payload(tensors)),
+            pack_instruction(plan, parcel.payload),
             dst_node_id=self._nodes[client.client],
-            message_type="train",
+            message_type=kind,
         )
-        return _Sent(client, message, tensors)
+        return _Sent(client, plan, parcel, message)
 
-    def _payload(self, tensors: Tensors) -> Tensors:
-        """Return what has to travel: what is trained, and a base that has changed."""
-        return only(tensors, {n for n in tensors if part_of(n) in self._trains or is_residual(n)})
+    def _drawn(self, client: Client, restart: int) -> Tensors:
+        """Return the start that a client draws for itself."""
+        if restart not in self._drawn_starts:
+            seed = self._experiment.federation.seed
+            self._drawn_starts = {restart: self._evaluator.initial(seed, restart)}
+        return at_rank(for_task(self._drawn_starts[restart], client.task), client.rank)
+
+    def _charge(self, client: Client, direction: str, message: Message) -> None:
+        counted = count_bytes(message.content)
+        for ledger in (self._round.row["bytes"], self._round.client_bytes[client.client]):
+            ledger[direction] = add_bytes(ledger.get(direction, {}), counted)
 
     def _receive(self, sent: _Sent, reply: Message | None) -> tuple[dict[str, Any], Update | None]:
+        if reply is None or reply.has_error():
+            self._parcels.lost(sent.client.client)
+        else:
+            self._parcels.arrived(sent.client.client, sent.parcel)
+        model = sent.parcel.model
+        wanted = wanted_update(model, sent.plan.trains, self._strategy.rules)
+        form = self._experiment.wire.up
+        status, tensors = self._read(sent.client, reply, wanted, model, form)
+        if tensors is None:
+            return status, None
+        complete = {**model, **tensors}
+        return status, Update(sent.client, status["num_examples"], complete, model)
+
+    def _read(
+        self,
+        client: Client,
+        reply: Message | None,
+        wanted: Sequence[Shapes],
+        model: Tensors,
+        form: Format,
+    ) -> tuple[dict[str, Any], Tensors | None]:
+        """Return a client's row of the record, and what it sent if that is as wanted."""
         status: dict[str, Any] = {
-            "client": sent.client.client,
+            "client": client.client,
             "status": "ok",
             "reason": None,
             "num_examples": None,
@@ -302,32 +472,18 @@ class FedcopraStrategy(FlowerStrategyBase):
             reason = reply.error.reason or f"error {reply.error.code}"
             return status | {"status": "failed", "reason": _last_line(reason)}, None
         try:
-            outcome, tensors = unpack_update(reply.content)
-            up = self._round.row["bytes"]["up"]
-            self._round.row["bytes"]["up"] = add_bytes(up, count_bytes(reply.content, tensors))
-            self._check(sent, outcome, tensors)
+            outcome, received = unpack_update(reply.content)
+            self._charge(client, "up", reply)
+            if outcome.client != client.client:
+                raise UpdateRefusedError(f"it says it is client {outcome.client}")
+            tensors = read_update(received, wanted, model, form)
         except UpdateRefusedError as error:
             return status | {"status": "refused", "reason": str(error)}, None
-        status |= {
+        return status | {
             "num_examples": outcome.num_examples,
             "loss": outcome.loss if math.isfinite(outcome.loss) else None,
             "seconds": outcome.seconds,
-        }
-        complete = {**sent.tensors, **tensors}
-        return status, Update(sent.client, outcome.num_examples, complete, sent.tensors)
-
-    def _check(self, sent: _Sent, outcome: Outcome, tensors: Tensors) -> None:
-        if outcome.client != sent.client.client:
-            raise UpdateRefusedError(f"it says it is client {outcome.client}")
-        expected = {
-            name: tensor.shape
-            for name, tensor in sent.tensors.items()
-            if part_of(name) in self._trains
-        }
-        check_update(tensors, expected)
-        for name, tensor in tensors.items():
-            if tensor.dtype != torch.float32:
-                raise UpdateRefusedError(f"{name} has dtype {tensor.dtype}, not torch.float32")
+        }, tensors
 
     def _note_weights(
         self,
@@ -339,6 +495,25 @@ class FedcopraStrategy(FlowerStrategyBase):
         weights = chosen or {str(update.client.client): w for update, w in by_data}
         for client in clients:
             client["weight"] = weights.get(str(client["client"]), 0.0)
+
+
+_NOT_SCORED = {"accuracy": None, "loss": None, "own_accuracy": None, "own_loss": None}
+
+
+def _refuse_without_memory(experiment: Experiment, strategy: Strategy) -> None:
+    """Refuse what needs clients that remember, where several share a node."""
+    rules, name = strategy.rules, experiment.strategy_name
+    if rules.keeps or rules.control_variates or rules.sketch:
+        raise ConfigError(
+            f"share_nodes = true: strategy {name} needs clients that remember, one node each; "
+            "set share_nodes = false and start as many nodes as partition.clients"
+        )
+    if experiment.wire.up != "float32" and rules.steady:
+        raise ConfigError(
+            f"share_nodes = true: wire.up = {experiment.wire.up!r} feeds back what it lost, which "
+            "needs clients that remember, one node each; set share_nodes = false, or wire.up = "
+            "'float32'"
+        )
 
 
 def choose_cohort(experiment: Experiment, server_round: int) -> list[int]:

@@ -9,6 +9,7 @@ as no client is lost to a timeout; a client process that dies ends the whole sim
 import functools
 import logging
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -98,6 +99,18 @@ def _evaluation_key(experiment: Experiment) -> Any:
 _Run = Callable[[Grid, Mapping[int, int], int], Finished]
 
 
+def _lanes(nodes: Mapping[int, int], clients: int, count: int) -> queue.SimpleQueue[dict[int, int]]:
+    """Deal the nodes out into lanes, each with a node, and so a memory, for every client.
+
+    Runs in flight together never share a lane: a node answers one message at a time, and what a
+    client remembers of one run is not overwritten by another.
+    """
+    lanes: queue.SimpleQueue[dict[int, int]] = queue.SimpleQueue()
+    for lane in range(count):
+        lanes.put({client: nodes[lane * clients + client] for client in range(clients)})
+    return lanes
+
+
 def _in_process(run: _Run, experiments: Sequence[Experiment], clients: int) -> list[Finished]:
     _quiet_flower()
     grid = LocalGrid(client_app, clients)
@@ -110,31 +123,38 @@ def _on_ray(run: _Run, experiments: Sequence[Experiment], clients: int) -> list[
     workers = experiments[0].federation.workers
     finished: list[Finished] = []
     timeout = max(experiment.federation.timeout for experiment in experiments)
+    # One run more than there are workers keeps these busy while the server merges.
+    in_flight = min(workers + 1, len(experiments))
     server_app = ServerApp()
     stopped = threading.Event()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         watched = cast(Grid, _WatchedGrid(grid, stopped))
-        nodes = find_clients(watched, clients, timeout)
-        # One run more than there are workers keeps these busy while the server merges.
-        with ThreadPoolExecutor(max_workers=workers + 1) as in_flight:
-            jobs = [
-                in_flight.submit(run, watched, nodes, index) for index in range(len(experiments))
-            ]
+        lanes = _lanes(find_clients(watched, clients * in_flight, timeout), clients, in_flight)
+
+        def run_in_a_lane(index: int) -> Finished:
+            nodes = lanes.get()
+            try:
+                return run(watched, nodes, index)
+            finally:
+                lanes.put(nodes)
+
+        with ThreadPoolExecutor(max_workers=in_flight) as pool:
+            jobs = [pool.submit(run_in_a_lane, index) for index in range(len(experiments))]
             try:
                 finished.extend(job.result() for job in jobs)
             except BaseException:
                 # After a mistake no other run needs to go on.
                 stopped.set()
-                in_flight.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
     try:
         run_simulation(
             server_app,
             client_app,
-            num_supernodes=clients,
+            num_supernodes=clients * in_flight,
             backend_config={
                 "init_args": {
                     "num_cpus": workers,

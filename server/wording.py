@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -134,3 +135,16 @@ def range_of(numbers: Sequence[int]) -> str:
     """Say `20 to 80`, or the number that all are."""
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
+
+
+def round_line(row: Mapping[str, Any]) -> str:
+    """Say in one line what a round gave and cost."""
+    scores = {"accuracy": row["accuracy"], "loss": row["loss"]}
+    if row["accuracy"] is None:
+        scores = {"own accuracy": row["own_accuracy"], "own loss": row["own_loss"]}
+    said = [f"{name} {value:.3f}" for name, value in scores.items() if value is not None]
+    up, down = (row["bytes"][direction]["total"] / 1e6 for direction in ("up", "down"))
+    return (
+        f"round {row['round']}: {', '.join(said) or 'not evaluated'}, up {up:.2f} MB, "
+        f"down {down:.2f} MB, {row['seconds']['wall']:.1f} s"
+    )

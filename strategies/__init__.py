@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -15,6 +15,7 @@ from common.seeds import child_seed
 from strategies.base import Client, Options, Setting, Strategy
 from strategies.controls import ControlOptions, centralised, dense_oracle, local_only
 from strategies.copra_merge import CopraMergeOptions, copra_merge
+from strategies.cost import FACTORS, Cost, same
 from strategies.fedavg import FedAvgOptions, fedavg
 from strategies.ffa_lora import FFALoRAOptions, ffa_lora
 from strategies.flexlora import FlexLoRAOptions, flexlora
@@ -22,14 +23,41 @@ from strategies.flexlora import FlexLoRAOptions, flexlora
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: how a strategy is built, what it says of itself, and what it can do."""
+    """A row of the table: how a strategy is built, what it says of itself, and what it can do.
+
+    Attributes:
+        build: from checked options and the setting to the strategy.
+        options: the type of its options.
+        summary: what the server does, in a line.
+        citation: the paper.
+        served: what the served delta is of the mean of the clients' deltas: `exact`, `best rank r`,
+            `inexact`, or `personal` where there is no single one.
+        cost: what travels.
+        weighting: what clients count by: their `examples`, `equal`, or the `norms` of their deltas.
+        adapters: the kinds of adapter that the method has a meaning for.
+        unequal_ranks: whether clients may have ranks of their own.
+        by_task: whether clients may hold different tasks.
+        secure_aggregation: whether the server needs no more than sums over clients.
+        noise: whether noise on what clients send enters the delta linearly, as differential privacy
+            wants it.
+        server_state, client_state: what is kept from round to round beside the model, or nothing.
+        control: whether it is there to be compared with, and not federated.
+    """
 
     build: Callable[[Any, Setting], Strategy]
     options: type[Options]
     summary: str
     citation: str
+    served: Literal["exact", "best rank r", "inexact", "personal"]
+    cost: Cost
+    weighting: Literal["examples", "equal", "norms"] = "examples"
+    adapters: tuple[str, ...] = ("lora",)
     unequal_ranks: bool = False
     by_task: bool = True
+    secure_aggregation: bool = False
+    noise: bool = False
+    server_state: str = ""
+    client_state: str = ""
     control: bool = False
 
 
@@ -39,18 +67,27 @@ STRATEGIES: Mapping[str, Method] = {
         FedAvgOptions,
         "averages the factors A and B apart",
         "arXiv 1602.05629, 2305.05644",
+        "inexact",
+        FACTORS,
+        secure_aggregation=True,
     ),
     "ffa-lora": Method(
         ffa_lora,
         FFALoRAOptions,
         "freezes A, averages B: exact at half the bytes",
         "arXiv 2403.12313",
+        "exact",
+        same("B + H"),
+        secure_aggregation=True,
+        noise=True,
     ),
     "flexlora": Method(
         flexlora,
         FlexLoRAOptions,
         "averages the deltas BA, then SVD to each client's rank",
         "arXiv 2402.11505",
+        "best rank r",
+        FACTORS,
         unequal_ranks=True,
     ),
     "copra-merge": Method(
@@ -58,6 +95,8 @@ STRATEGIES: Mapping[str, Method] = {
         CopraMergeOptions,
         "averages increments of BA, then SVD; a probe set may veto a client",
         "ours, after arXiv 2410.22911",
+        "best rank r",
+        FACTORS,
         unequal_ranks=True,
     ),
     "local-only": Method(
@@ -65,6 +104,9 @@ STRATEGIES: Mapping[str, Method] = {
         ControlOptions,
         "control: every client trains alone",
         "",
+        "personal",
+        # It stays a federation on the wire: each client's model is kept on the server.
+        Cost(("A + B + H",), ("A + B + H",)),
         unequal_ranks=True,
         control=True,
     ),
@@ -73,6 +115,8 @@ STRATEGIES: Mapping[str, Method] = {
         ControlOptions,
         "control: one model on the pooled data",
         "",
+        "exact",
+        FACTORS,
         by_task=False,
         control=True,
     ),
@@ -81,6 +125,9 @@ STRATEGIES: Mapping[str, Method] = {
         ControlOptions,
         "control: the exact mean of the deltas, dense and in float64",
         "",
+        "exact",
+        # Float64 numbers count as two.
+        Cost(("A + B + H",), ("A + B + H + 2*D",)),
         control=True,
     ),
 }
@@ -122,7 +169,8 @@ def setting_of(experiment: Experiment) -> Setting:
         Client(k, tasks[k % len(tasks)], adapter.rank_of(k), adapter.scale(adapter.rank_of(k)))
         for k in range(experiment.partition.clients)
     )
-    return Setting(adapter.server_rank, adapter.scale, seed, clients)
+    start_seed = experiment.federation.seed
+    return Setting(adapter.server_rank, adapter.scale, seed, clients, start_seed)
 
 
 def _options(experiment: Experiment, name: str) -> Options:
@@ -154,16 +202,25 @@ def _checked(name: str, values: Any) -> Options:
 
 
 def _refuse_impossible(experiment: Experiment, name: str, method: Method) -> None:
-    unequal = len(set(experiment.adapter.ranks)) > 1
-    if unequal and not method.unequal_ranks:
-        able = ", ".join(key for key, other in STRATEGIES.items() if other.unequal_ranks)
+    kind = experiment.adapter.kind
+    if kind not in method.adapters:
         raise ConfigError(
-            f"adapter.ranks = {list(experiment.adapter.ranks)}: strategy {name} needs one rank for "
-            f"all clients; with unequal ranks choose from {able}"
+            f"adapter.kind = {kind!r}: strategy {name} has a meaning for "
+            f"{', '.join(method.adapters)} only; choose from "
+            f"{_able(lambda other: kind in other.adapters)}"
+        )
+    ranks = list(experiment.adapter.ranks)
+    if len(set(ranks)) > 1 and not method.unequal_ranks:
+        raise ConfigError(
+            f"adapter.ranks = {ranks}: strategy {name} needs one rank for all clients; with "
+            f"unequal ranks choose from {_able(lambda other: other.unequal_ranks)}"
         )
     if experiment.task.members and not method.by_task:
-        able = ", ".join(key for key, other in STRATEGIES.items() if other.by_task)
         raise ConfigError(
             f"partition.kind = 'by-task': strategy {name} trains one model on pooled rows and has "
-            f"no meaning over several tasks; choose from {able}"
+            f"no meaning over several tasks; choose from {_able(lambda other: other.by_task)}"
         )
+
+
+def _able(can: Callable[[Method], bool]) -> str:
+    return ", ".join(name for name, method in STRATEGIES.items() if can(method))

@@ -3,9 +3,12 @@
 A strategy holds no state. Its state is `{name: tensor}` too: it can be saved, resumed and compared.
 A new method is one file with a factory from its options to a `Strategy`, one row in
 `strategies.STRATEGIES`, and so it joins the contract tests.
+
+Names in a state: those of the model (factors, heads, residuals) as they are; whatever else the
+server keeps holds a slash (`server/round`, `client.3/head.news.bias`) and never leaves it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +17,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional
 
-from common.lowrank import Term, adapted_modules, factor_names
+from common.lowrank import Term, adapted_modules, factor_names, kaiming_start, named_factors
+from common.rules import NO_RULES, LocalRules
 from common.seeds import torch_generator
-from common.tensors import Tensors, head_prefix, weighted_mean
+from common.tensors import Tensors, head_prefix, part_of, weighted_mean
 
 
 class Options(BaseModel):
@@ -39,7 +43,8 @@ class Client:
 class Update:
     """What a client returned, completed to its whole model, beside the whole model it was sent.
 
-    `tensors` and `sent` hold the same names: factors of the client's rank, and its head.
+    `tensors` holds the names of `sent`, factors of the client's rank and its head, with what was
+    trained in place of what was sent; and whatever else the method's local rules return.
     """
 
     client: Client
@@ -50,12 +55,21 @@ class Update:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method may know of the run: the largest client rank, s at any rank, seed, clients."""
+    """What a method may know of the run.
+
+    Attributes:
+        rank: the largest rank of any client.
+        scale: s at any rank.
+        seed: of the strategy's own draws.
+        start_seed: of the common start, which server and clients draw alike.
+        clients: every client of the federation.
+    """
 
     rank: int
     scale: Callable[[int], float]
     seed: int
     clients: tuple["Client", ...]
+    start_seed: int = 0
 
 
 # `(served tensors, rows) -> losses (n,)`: per-example losses on these rows of the server's probe
@@ -65,11 +79,12 @@ Probe = Callable[[Tensors, slice], Tensor]
 
 @dataclass(frozen=True)
 class Served:
-    """A model that users would get; `task` is None when it serves every task."""
+    """A model that users would get; None in `task` or `client` is for a model that serves all."""
 
     tensors: Tensors
     rank: int
     task: str | None = None
+    client: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,25 +109,42 @@ def each_its_own(cohort: Sequence[int]) -> list[Assignment]:
     return [Assignment(client, (client,)) for client in cohort]
 
 
+EVERYTHING = ("lora_A", "lora_B", "head")
+
+
+def trains_everything(_: Tensors) -> tuple[str, ...]:
+    """Train both factors and the head in every round."""
+    return EVERYTHING
+
+
 @dataclass(frozen=True)
 class Strategy:
     """One aggregation method, its options already applied.
 
     Attributes:
         start: the state before round 1, from the common start (rank `Setting.rank`, B zero).
-        send: the model that a client starts the round from: factors of its rank, and heads.
-        merge: the state after a round. Updates come in client order; never empty.
+        send: the whole model that a client starts the round from: factors of its rank, heads, and
+            residuals where the base has changed. What of it has to travel is not its business.
+        merge: the state after a round, in one pass over the updates, which come in client order
+            and are never none.
         serve: the models that users would get.
-        trains: the parts that clients train, and therefore send and receive.
+        trains: the parts that clients train in the round that starts from this state.
+        rules: what clients do beside training on their rows; plain values, sent to them.
+        follow_up: where the method needs a second exchange in a round, what the server asks with
+            after the first; the answers are laid over the updates before `merge`.
+        personalised: whether each client's model differs, by what it keeps to itself.
         probe_examples: how many probe rows `merge` wants; 0 for none.
         assign: who trains on what; federated methods leave it alone.
     """
 
     start: Callable[[Tensors], Tensors]
     send: Callable[[Tensors, Client], Tensors]
-    merge: Callable[[Tensors, Sequence[Update], Probe | None], Merged]
+    merge: Callable[[Tensors, Iterable[Update], Probe | None], Merged]
     serve: Callable[[Tensors], Sequence[Served]]
-    trains: tuple[str, ...] = ("lora_A", "lora_B", "head")
+    trains: Callable[[Tensors], tuple[str, ...]] = trains_everything
+    rules: LocalRules = NO_RULES
+    follow_up: Callable[[Tensors, Sequence[Update]], Tensors] | None = None
+    personalised: bool = False
     probe_examples: int = 0
     assign: Callable[[Sequence[int]], Sequence[Assignment]] = each_its_own
 
@@ -128,27 +160,65 @@ def heads_of(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
 
 
-def for_task(tensors: Tensors, task: str) -> dict[str, Tensor]:
-    """Return a state without the heads of other tasks."""
+def model_of(state: Tensors) -> dict[str, Tensor]:
+    """Return the model in a state, without what the server keeps to itself."""
+    return {name: tensor for name, tensor in state.items() if "/" not in name}
+
+
+def for_task(state: Tensors, task: str) -> dict[str, Tensor]:
+    """Return the model in a state, without the heads of other tasks."""
     return {
         name: tensor
-        for name, tensor in tensors.items()
+        for name, tensor in model_of(state).items()
         if not name.startswith("head.") or name.startswith(head_prefix(task))
     }
 
 
-def merged_heads(state: Tensors, updates: Sequence[Update]) -> dict[str, Tensor]:
-    """Return the heads averaged over the clients that hold them; a head that none holds stays."""
-    averaged = weighted_mean(
-        [update.num_examples for update in updates], [heads_of(u.tensors) for u in updates]
+def mean_of_parts(updates: Iterable[Update], parts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the mean, by number of examples, of every tensor of these parts."""
+    return weighted_mean(
+        (u.num_examples, {n: t for n, t in u.tensors.items() if part_of(n) in parts})
+        for u in updates
     )
+
+
+def merged_heads(state: Tensors, updates: Iterable[Update]) -> dict[str, Tensor]:
+    """Return the heads averaged over the clients that hold them; a head that none holds stays."""
+    averaged = weighted_mean((u.num_examples, heads_of(u.tensors)) for u in updates)
     return heads_of(state) | averaged
 
 
-def named_factors(module: str, term: Term) -> dict[str, Tensor]:
-    """Return the factors of `module` under their names, float32 and contiguous."""
-    name_B, name_A = factor_names(module)
-    return {name_A: term.A.float().contiguous(), name_B: term.B.float().contiguous()}
+_ROUND = "server/round"
+
+
+def merges_so_far(state: Tensors) -> int:
+    """Return how many merges `counted` has counted in this state."""
+    return int(state[_ROUND]) if _ROUND in state else 0
+
+
+def counted(state: Tensors) -> dict[str, Tensor]:
+    """Return the entry that counts one merge more; for methods that alternate."""
+    return {_ROUND: torch.tensor(merges_so_far(state) + 1)}
+
+
+_RESTART = "server/restart"
+
+
+def restarts_so_far(state: Tensors) -> int:
+    """Return how often the method has restarted its adapters; the common start is restart 0."""
+    return int(state[_RESTART]) if _RESTART in state else 0
+
+
+def restarted(state: Tensors, setting: Setting) -> dict[str, Tensor]:
+    """Return factors drawn anew, A as at the start and B zero, the same on server and clients."""
+    restart = restarts_so_far(state) + 1
+    fresh: dict[str, Tensor] = {_RESTART: torch.tensor(restart)}
+    for module in adapted_modules(model_of(state)):
+        name_B, name_A = factor_names(module)
+        rank, features = state[name_A].shape
+        fresh[name_A] = kaiming_start(rank, features, module, setting.start_seed, restart)
+        fresh[name_B] = torch.zeros_like(state[name_B])
+    return fresh
 
 
 def send_prefix(state: Tensors, client: Client, server_scale: float) -> dict[str, Tensor]:
@@ -159,7 +229,7 @@ def send_prefix(state: Tensors, client: Client, server_scale: float) -> dict[str
     B is still zero keeps A as it was drawn.
     """
     sent = dict(for_task(state, client.task))
-    for module in adapted_modules(state):
+    for module in adapted_modules(model_of(state)):
         term = Term.of(state, module)
         B, A = term.B[:, : client.rank], term.A[: client.rank]
         live = B.abs().amax(dim=0) > 0

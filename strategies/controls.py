@@ -6,13 +6,20 @@
   aggregation rule loses by its rank or its factors is the distance to this. Small models only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from common.adapters import residual_name
-from common.lowrank import Span, Term, adapted_modules, balanced_factors, factor_names
+from common.lowrank import (
+    Span,
+    Term,
+    adapted_modules,
+    balanced_factors,
+    factor_names,
+    named_factors,
+)
+from common.residuals import residual_name
 from common.tensors import Tensors
 from strategies.base import (
     Assignment,
@@ -27,7 +34,7 @@ from strategies.base import (
     data_weights,
     for_task,
     merged_heads,
-    named_factors,
+    model_of,
     revive_dead_directions,
     send_prefix,
 )
@@ -42,9 +49,9 @@ def local_only(_: ControlOptions, setting: Setting) -> Strategy:
 
     def send(state: Tensors, client: Client) -> Tensors:
         own = _of_client(state, client.client)
-        return own or send_prefix(_common(state), client, setting.scale(setting.rank))
+        return own or send_prefix(model_of(state), client, setting.scale(setting.rank))
 
-    def merge(state: Tensors, updates: Sequence[Update], _: Probe | None) -> Merged:
+    def merge(state: Tensors, updates: Iterable[Update], _: Probe | None) -> Merged:
         merged = dict(state)
         for update in updates:
             for name, tensor in update.tensors.items():
@@ -53,7 +60,7 @@ def local_only(_: ControlOptions, setting: Setting) -> Strategy:
 
     def serve(state: Tensors) -> Sequence[Served]:
         # Clients that have not trained yet count too, with the common start.
-        return [Served(send(state, c), c.rank, c.task) for c in setting.clients]
+        return [Served(send(state, c), c.rank, c.task, c.client) for c in setting.clients]
 
     return Strategy(start=dict, send=send, merge=merge, serve=serve)
 
@@ -63,10 +70,6 @@ def _of_client(state: Tensors, client: int) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
 
-def _common(state: Tensors) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if "/" not in name}
-
-
 def centralised(_: ControlOptions, setting: Setting) -> Strategy:
     """Let one client train on the cohort's pooled shards, with as many steps as all together."""
 
@@ -74,13 +77,14 @@ def centralised(_: ControlOptions, setting: Setting) -> Strategy:
         return [Assignment(cohort[0], tuple(cohort), steps_factor=len(cohort))]
 
     def send(state: Tensors, _: Client) -> Tensors:
-        return state
+        return model_of(state)
 
-    def merge(state: Tensors, updates: Sequence[Update], _: Probe | None) -> Merged:
-        return Merged({**state, **updates[0].tensors})
+    def merge(state: Tensors, updates: Iterable[Update], _: Probe | None) -> Merged:
+        (update,) = updates
+        return Merged({**state, **update.tensors})
 
     def serve(state: Tensors) -> Sequence[Served]:
-        return [Served(state, setting.rank)]
+        return [Served(model_of(state), setting.rank)]
 
     return Strategy(start=dict, send=send, merge=merge, serve=serve, assign=assign)
 
@@ -100,7 +104,8 @@ def dense_oracle(_: ControlOptions, setting: Setting) -> Strategy:
     def send(state: Tensors, client: Client) -> Tensors:
         return for_task(state, client.task)
 
-    def merge(state: Tensors, updates: Sequence[Update], _: Probe | None) -> Merged:
+    def merge(state: Tensors, updates: Iterable[Update], _: Probe | None) -> Merged:
+        updates = list(updates)
         merged: dict[str, Tensor] = merged_heads(state, updates)
         for module in adapted_modules(state):
             exact = dense_mean(updates, module)
@@ -116,7 +121,7 @@ def dense_oracle(_: ControlOptions, setting: Setting) -> Strategy:
         return Merged(merged)
 
     def serve(state: Tensors) -> Sequence[Served]:
-        return [Served(state, setting.rank)]
+        return [Served(model_of(state), setting.rank)]
 
     return Strategy(start=start, send=send, merge=merge, serve=serve)
 

@@ -12,7 +12,7 @@ would shrink it every round. Specification 7.1 to 7.4: steps 1, 2 and 6 of 7.4.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from common.errors import ConfigError
-from common.lowrank import Span, Term, adapted_modules, balanced_factors, kept_energy
+from common.lowrank import Span, Term, adapted_modules, balanced_factors, kept_energy, named_factors
 from common.tensors import Tensors
 from strategies.base import (
     Client,
@@ -34,7 +34,7 @@ from strategies.base import (
     Update,
     data_weights,
     heads_of,
-    named_factors,
+    model_of,
     revive_dead_directions,
     send_prefix,
 )
@@ -83,7 +83,8 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
     def send(state: Tensors, client: Client) -> Tensors:
         return send_prefix(state, client, server_scale)
 
-    def merge(state: Tensors, updates: Sequence[Update], probe: Probe | None) -> Merged:
+    def merge(state: Tensors, updates: Iterable[Update], probe: Probe | None) -> Merged:
+        updates = list(updates)
         merger = _Merger(state, updates, rank, server_scale, setting.seed)
         by_data = data_weights(updates)
         limits = merger.length_limits(by_data, options.norm_limit)
@@ -115,7 +116,7 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
         return Merged(chosen.tensors, diagnostics)
 
     def serve(state: Tensors) -> Sequence[Served]:
-        return [Served(state, rank)]
+        return [Served(model_of(state), rank)]
 
     return Strategy(
         start=start,

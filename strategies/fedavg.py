@@ -5,7 +5,7 @@ McMahan et al., arXiv 1602.05629; for LoRA, Zhang et al., arXiv 2305.05644. The 
 `s·Σ w_k (B_k - B̄)(A_k - Ā)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from common.tensors import Tensors, weighted_mean
 from strategies.base import (
@@ -18,6 +18,7 @@ from strategies.base import (
     Strategy,
     Update,
     for_task,
+    model_of,
 )
 
 
@@ -31,11 +32,11 @@ def fedavg(_: FedAvgOptions, setting: Setting) -> Strategy:
     def send(state: Tensors, client: Client) -> Tensors:
         return for_task(state, client.task)
 
-    def merge(state: Tensors, updates: Sequence[Update], _: Probe | None) -> Merged:
-        means = weighted_mean([u.num_examples for u in updates], [u.tensors for u in updates])
+    def merge(state: Tensors, updates: Iterable[Update], _: Probe | None) -> Merged:
+        means = weighted_mean((u.num_examples, u.tensors) for u in updates)
         return Merged({**state, **means})
 
     def serve(state: Tensors) -> Sequence[Served]:
-        return [Served(state, setting.rank)]
+        return [Served(model_of(state), setting.rank)]
 
     return Strategy(start=dict, send=send, merge=merge, serve=serve)

@@ -4,9 +4,9 @@ Sun et al., arXiv 2403.12313. Exact, since `Σ w_k B_k A_0 = B̄ A_0`, at half t
 capacity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from common.tensors import Tensors, weighted_mean
+from common.tensors import Tensors
 from strategies.base import (
     Client,
     Merged,
@@ -17,7 +17,11 @@ from strategies.base import (
     Strategy,
     Update,
     for_task,
+    mean_of_parts,
+    model_of,
 )
+
+_TRAINED = ("lora_B", "head")
 
 
 class FFALoRAOptions(Options):
@@ -30,14 +34,10 @@ def ffa_lora(_: FFALoRAOptions, setting: Setting) -> Strategy:
     def send(state: Tensors, client: Client) -> Tensors:
         return for_task(state, client.task)
 
-    def merge(state: Tensors, updates: Sequence[Update], _: Probe | None) -> Merged:
-        trained = [
-            {name: t for name, t in u.tensors.items() if not name.endswith(".lora_A.weight")}
-            for u in updates
-        ]
-        return Merged({**state, **weighted_mean([u.num_examples for u in updates], trained)})
+    def merge(state: Tensors, updates: Iterable[Update], _: Probe | None) -> Merged:
+        return Merged({**state, **mean_of_parts(updates, _TRAINED)})
 
     def serve(state: Tensors) -> Sequence[Served]:
-        return [Served(state, setting.rank)]
+        return [Served(model_of(state), setting.rank)]
 
-    return Strategy(start=dict, send=send, merge=merge, serve=serve, trains=("lora_B", "head"))
+    return Strategy(start=dict, send=send, merge=merge, serve=serve, trains=lambda _: _TRAINED)

@@ -6,13 +6,21 @@ from the stacked factors, with the same product. `s_k` stands inside the sum: un
 unequal scales.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from common.lowrank import Span, Term, adapted_modules, kept_energy, orthonormal_factors
-from common.tensors import Tensors
+from common.lowrank import (
+    RunningSum,
+    Term,
+    adapted_modules,
+    kept_energy,
+    named_factors,
+    orthonormal_factors,
+)
+from common.tensors import RunningMean, Tensors
 from strategies.base import (
     Client,
     Merged,
@@ -22,44 +30,59 @@ from strategies.base import (
     Setting,
     Strategy,
     Update,
-    data_weights,
     for_task,
-    merged_heads,
-    named_factors,
+    heads_of,
+    model_of,
 )
 
 
 class FlexLoRAOptions(Options):
-    """FlexLoRA has no options."""
+    """Options of FlexLoRA.
+
+    Attributes:
+        buffer_rank: directions of the running sum that are held while updates come in; 0 holds
+            all, and the merge is exact before its last truncation. For thousands of clients.
+    """
+
+    buffer_rank: int = Field(0, ge=0)
 
 
-def flexlora(_: FlexLoRAOptions, setting: Setting) -> Strategy:
+def flexlora(options: FlexLoRAOptions, setting: Setting) -> Strategy:
     """Average `s·B·A` and truncate to the largest rank; ranks may differ."""
     server_scale = setting.scale(setting.rank)
 
     def send(state: Tensors, client: Client) -> Tensors:
         sent = dict(for_task(state, client.task))
-        for module in adapted_modules(state):
+        for module in adapted_modules(model_of(state)):
             term = Term.of(state, module)
             B = term.B[:, : client.rank] * (server_scale / client.scale)
             sent |= named_factors(module, Term(B, term.A[: client.rank]))
         return sent
 
-    def merge(state: Tensors, updates: Sequence[Update], _: Probe | None) -> Merged:
-        weights = data_weights(updates)
-        coefficients = [w * u.client.scale for w, u in zip(weights, updates, strict=True)]
-        merged: dict[str, Tensor] = merged_heads(state, updates)
-        svds = {
-            module: Span([Term.of(u.tensors, module) for u in updates]).svd(coefficients)
-            for module in adapted_modules(state)
-        }
+    def merge(state: Tensors, updates: Iterable[Update], _: Probe | None) -> Merged:
+        modules = adapted_modules(model_of(state))
+        sums = {module: RunningSum(options.buffer_rank) for module in modules}
+        held, examples = RunningMean(), 0
+        for update in updates:
+            examples += update.num_examples
+            held.add(update.num_examples, heads_of(update.tensors))
+            for module, running in sums.items():
+                share = update.num_examples * update.client.scale
+                running.add(share, Term.of(update.tensors, module))
+        merged: dict[str, Tensor] = {**state, **held.mean()}
+        svds = {module: running.svd(1 / examples) for module, running in sums.items()}
         for module, svd in svds.items():
             term = orthonormal_factors(svd.truncated(setting.rank), server_scale)
             merged |= named_factors(module, _filled(term, Term.of(state, module)))
-        return Merged(merged, {"kept_energy": kept_energy(svds.values(), setting.rank)})
+        diagnostics = {"kept_energy": kept_energy(svds.values(), setting.rank)}
+        if options.buffer_rank:
+            lost = sum((running.dropped / examples) ** 2 for running in sums.values()) ** 0.5
+            whole = sum(float(svd.S.norm()) ** 2 for svd in svds.values()) ** 0.5
+            diagnostics["buffer_error_at_most"] = lost / whole if whole > 0 else 0.0
+        return Merged(merged, diagnostics)
 
     def serve(state: Tensors) -> Sequence[Served]:
-        return [Served(state, setting.rank)]
+        return [Served(model_of(state), setting.rank)]
 
     return Strategy(start=dict, send=send, merge=merge, serve=serve)
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from clients.app import app as client_app
 from clients.training import LocalRun
-from common.adapters import at_rank, load_adapted_backbone, part_of
+from common.adapters import at_rank, load_adapted_backbone
 from common.config import Experiment
 from common.errors import FedcopraError
 from common.features import extract_features
@@ -31,7 +31,7 @@ from common.messages import (
     unpack_update,
 )
 from common.shards import deal_shards
-from common.tensors import Tensors, digest, weighted_mean
+from common.tensors import Tensors, digest, part_of, weighted_mean
 from server.evaluation import Evaluator
 from server.flower_strategy import Outcomes, choose_cohort, digest_of, find_clients, run_federation
 from server.local_grid import LocalGrid

@@ -26,8 +26,8 @@ from toy_federation import (
     updates_of,
 )
 
-from common.adapters import is_residual, residual_name
 from common.lowrank import factor_names
+from common.residuals import is_residual, residual_name
 from common.tensors import Tensors, digest
 from strategies import STRATEGIES
 from strategies.base import Client, Probe, Strategy, Update

@@ -1,13 +1,18 @@
 """A federation of toy tensors: no model, no data, so that strategies can be held to dense sums."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.adapters import part_of, residual_name
+from clients.training import Trained
+from clients.upload import answer, returned
 from common.lowrank import adapted_modules, factor_names
+from common.memory import Memory, under
+from common.messages import Plan
+from common.residuals import residual_name
 from common.tensors import Tensors
 from strategies import STRATEGIES
 from strategies.base import Client, Served, Setting, Strategy, Update
@@ -16,6 +21,8 @@ MODULES = {"enc.0.query": (12, 10), "enc.0.value": (10, 10), "enc.1.query": (9, 
 HEAD = {"weight": (3, 10), "bias": (3,)}
 ALPHA = 6.0  # never equal to a rank, so that a forgotten scale shows
 ROWS = (30, 10, 50, 20)  # num_examples of clients 0 to 3, cycled
+
+RATE = 0.5  # the learning rates of a round, summed
 
 Train = Callable[[Client, Tensors], Tensors]
 Scale = Callable[[int], float]
@@ -100,18 +107,41 @@ def drift(seed: int, *, alike: bool = False) -> Train:
 
 
 def updates_of(
-    strategy: Strategy, state: Tensors, clients: Sequence[Client], train: Train
+    strategy: Strategy,
+    state: Tensors,
+    clients: Sequence[Client],
+    train: Train,
+    memories: dict[int, Memory] | None = None,
+    number: int = 0,
 ) -> list[Update]:
-    """Do what the server does: only what a strategy trains can come back changed."""
-    known = {who.client: who for who in clients}
+    """Do what server and clients do in a round: only what is trained and sent reaches the server.
+
+    `memories` is what clients keep from round to round; `number` is that of the round, from 0.
+    """
+    memories = {} if memories is None else memories
+    known, trains = {who.client: who for who in clients}, strategy.trains(state)
     updates = []
     for assignment in strategy.assign(sorted(known)):
         who = known[assignment.client]
         sent = strategy.send(state, who)
-        trained = {n: t for n, t in train(who, sent).items() if part_of(n) in strategy.trains}
+        memory = memories.get(who.client, Memory())
+        start = {n: t for n, t in sent.items() if "/" not in n} | under("kept/", memory.own)
+        end = {**start, **train(who, start)}
+        plan = Plan("", "", who.client, (), number + 1, 1, trains, 1, 0, (), 0, strategy.rules)
+        upload = returned(plan, 0, who.scale, sent, start, end, memory, Trained(0.0, RATE))
+        memories[who.client] = Memory(1, sent, upload.own)
         rows = sum(ROWS[shard % len(ROWS)] for shard in assignment.shards)
-        updates.append(Update(who, rows, {**sent, **trained}, sent))
-    return updates
+        updates.append(Update(who, rows, {**sent, **upload.tensors}, sent))
+    if strategy.follow_up is None:
+        return updates
+    bases = strategy.follow_up(state, updates)
+    return [_projected(update, memories, bases) for update in updates]
+
+
+def _projected(update: Update, memories: Mapping[int, Memory], bases: Tensors) -> Update:
+    pending = under("pending/", memories[update.client.client].own)
+    answered = answer(pending, update.client.scale, bases)
+    return replace(update, tensors={**update.tensors, **answered})
 
 
 def play(
@@ -124,8 +154,9 @@ def play(
     if state is None:
         rank = max(who.rank for clients in rounds for who in clients)
         state = strategy.start(common_start(rank))
+    memories: dict[int, Memory] = {}
     for number, clients in enumerate(rounds):
-        updates = updates_of(strategy, state, clients, train(number))
+        updates = updates_of(strategy, state, clients, train(number), memories, number)
         state = strategy.merge(state, updates, None).state
     return state
 

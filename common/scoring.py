@@ -1,0 +1,51 @@
+"""Scoring a loaded model on rows; the same on the server and at clients."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.adapters import AdaptedBackbone
+from common.features import Features
+
+_BATCH = 256
+
+
+def losses_and_hits(
+    model: AdaptedBackbone, rows: Features, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of every row and whether it is classified rightly, both (n,), on the CPU."""
+    # One thread, as in training: the sums must not depend on the machine's cores.
+    torch.set_num_threads(1)
+    losses, hits = [], []
+    device = model.backbone.device
+    model.module.eval()
+    with torch.inference_mode(), _autocast(device.type, precision):
+        for batch in rows.batches(_BATCH, device):
+            logits = model.logits(batch)
+            losses.append(functional.cross_entropy(logits, batch.labels, reduction="none"))
+            hits.append(logits.argmax(dim=1) == batch.labels)
+    return torch.cat(losses).float().cpu(), torch.cat(hits).cpu()
+
+
+def own_scores(
+    losses: Tensor, hits: Tensor, labels: Tensor, label_counts: Sequence[int]
+) -> tuple[float, float]:
+    """Return (accuracy, loss) on rows weighted so that labels are spread as in a client's shard.
+
+    `Σ_c p(c)·mean over the rows of label c`, p(c) the client's share of label c: what the client
+    would see on new rows of its own. Labels that no row has are left out of p.
+    """
+    counts = torch.bincount(labels, minlength=len(label_counts)).double()
+    shares = torch.tensor(label_counts, dtype=torch.float64) * (counts > 0)
+    weights = (shares / shares.sum() / counts.clamp_min(1))[labels]
+    return float(weights @ hits.double()), float(weights @ losses.double())
+
+
+def _autocast(device: str, precision: str) -> Any:
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device, dtype=torch.bfloat16)
