@@ -12,9 +12,9 @@ from clients.evaluation import evaluate_own
 from clients.training import LocalRun, train_locally
 from clients.upload import answer, compressed, rank_of, returned
 from common.adapters import AdaptedBackbone, at_rank, load_adapted_backbone
-from common.config import Adapter, Backbone, Experiment, Partition, Task
+from common.config import Experiment
 from common.errors import UpdateRefusedError
-from common.features import Features, extract_features
+from common.features import Features
 from common.memory import Memory, under
 from common.messages import (
     Outcome,
@@ -26,6 +26,7 @@ from common.messages import (
     unpack_instruction,
 )
 from common.residuals import caught_up, is_change, is_residual
+from common.rows import load_training_rows
 from common.seeds import child_seed
 from common.shards import deal_shards
 from common.tails import padded
@@ -48,15 +49,7 @@ def train(message: Message, context: Context) -> Message:
     federation, settings = experiment.federation, experiment.train
     model = client.loaded_model()
     start_state = model.state()
-    rows = _features(
-        experiment.task,
-        experiment.partition,
-        federation.seed,
-        experiment.backbone,
-        experiment.adapter,
-        settings.device,
-        plan.shards,
-    )
+    rows = client.training_rows()
     run = LocalRun(
         seed=child_seed(federation.seed, "client", plan.client, "round", plan.round),
         first_step=(plan.round - 1) * plan.steps,
@@ -84,7 +77,8 @@ def train(message: Message, context: Context) -> Message:
         upload.tensors, client.held, upload.own, experiment.wire.up, plan.rules.steady
     )
     outcome = Outcome(plan.client, len(rows), trained.loss, time.perf_counter() - start)
-    client.remember(own)
+    # An update that diverged is refused by the server; nothing of it may stay here either.
+    client.remember(own if _is_finite(own) else client.memory.own)
     return Message(pack_update(outcome, tensors), reply_to=message)
 
 
@@ -101,11 +95,13 @@ def project(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Score this client's own model on held-out rows, weighted like its own shard."""
+    """Score this client's own model on held-out rows, weighted like its own shard.
+
+    Nothing is remembered: how often a run is scored must not change what training has to send.
+    """
     client = _Client(message, context)
     model = client.loaded_model()
     accuracy, loss = evaluate_own(model, client.experiment, client.shard)
-    client.remember(client.memory.own)
     return Message(pack_scores(client.plan.client, accuracy, loss), reply_to=message)
 
 
@@ -130,8 +126,8 @@ class _Client:
                 "it has to be sent everything again"
             )
         seed = self.experiment.federation.seed
-        shards = deal_shards(self.experiment.task, self.experiment.partition, seed)
-        self.shard = shards[self.plan.client]
+        self._shards = deal_shards(self.experiment.task, self.experiment.partition, seed)
+        self.shard = self._shards[self.plan.client]
         self.rank = self.experiment.adapter.rank_of(self.plan.client)
         self.scale = self.experiment.adapter.scale(self.rank)
         self.held = self._unpacked(received, self._model())
@@ -164,6 +160,19 @@ class _Client:
         model.load(padded(whole, self.rank), self.rank, self.shard.task)
         return model
 
+    def training_rows(self) -> Features:
+        """Return the rows that the plan wants trained on: this client's, or a pool of several."""
+        experiment = self.experiment
+        pooled = np.concatenate([self._shards[owner].rows for owner in self.plan.shards])
+        rows = load_training_rows(
+            experiment.task,
+            self.shard.task.name,
+            experiment.backbone,
+            experiment.adapter,
+            experiment.train.device,
+        )
+        return rows.select(torch.from_numpy(pooled))
+
     def control_correction(self) -> Tensors:
         """Return SCAFFOLD's `c - c_k`; nothing for other methods."""
         own = under("control/", self.memory.own)
@@ -176,24 +185,10 @@ class _Client:
         remember(self._context.state, self.plan.client, self.plan.run, memory)
 
 
+def _is_finite(tensors: Tensors) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
 @functools.lru_cache(maxsize=16)
 def _experiment(text: str) -> Experiment:
     return Experiment.model_validate_json(text)
-
-
-@functools.lru_cache(maxsize=256)
-def _features(
-    task: Task,
-    partition: Partition,
-    seed: int,
-    backbone: Backbone,
-    adapter: Adapter,
-    device: str,
-    owners: tuple[int, ...],
-) -> Features:
-    """Preprocess the rows of these clients, once a process for all rounds and strategies."""
-    shards = [deal_shards(task, partition, seed)[owner] for owner in owners]
-    member = shards[0].task
-    pooled = member.train.select(np.concatenate([shard.rows for shard in shards]))
-    pretrained = load_adapted_backbone(backbone, member.kind, adapter, device).backbone
-    return extract_features(pretrained, member.kind, pooled)

@@ -74,6 +74,7 @@ def compressed(
     """Return the tensors as they travel, and `own` with what that has lost.
 
     Increments over `held` are compressed; with `feedback` what the last upload lost is added first.
+    Losses of what is not sent this time, as where methods alternate, wait for their turn.
     """
     kept = {n: t for n, t in own.items() if not n.startswith("lost/")}
     if form == "float32":
@@ -84,7 +85,7 @@ def compressed(
         wanted = tensor - _like(held, name, tensor) + _like(lost, name, tensor)
         sent[name] = encode(wanted, form)
         losing[name] = wanted - decode(sent[name], form, tensor.shape)
-    return sent, {**kept, **(prefixed("lost/", losing) if feedback else {})}
+    return sent, {**kept, **(prefixed("lost/", {**lost, **losing}) if feedback else {})}
 
 
 def rank_of(model: Tensors) -> int:
@@ -109,7 +110,9 @@ def _control_change(
 
 
 def _like(tensors: Tensors, name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor called `name`, cut to the shape of `tensor`; zeros if there is none."""
-    if name not in tensors:
-        return torch.zeros_like(tensor)
-    return tensors[name][tuple(slice(size) for size in tensor.shape)]
+    """Return the tensor called `name`, cut or filled up with zeros to the shape of `tensor`."""
+    like = torch.zeros_like(tensor)
+    if name in tensors:
+        found = tensors[name][tuple(slice(size) for size in tensor.shape)]
+        like[tuple(slice(size) for size in found.shape)] = found
+    return like

@@ -12,7 +12,8 @@ not depend on PEFT's version:
 import functools
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,18 @@ from torch.nn import functional
 
 from common.backbones import PretrainedBackbone, load_backbone, load_base_model
 from common.config import Adapter, Backbone
-from common.copra import group_by_block
+from common.copra import block_of, group_by_block
 from common.errors import ConfigError
-from common.features import Batch
+from common.features import Batch, Features
 from common.lowrank import adapted_modules, factor_names, is_factor, kaiming_start
 from common.residuals import is_residual, residual_name
 from common.seeds import torch_generator
+from common.stem import Stem
 from common.tasks import Kind, LabelledTask
 from common.tensors import Tensors, check_update, head_prefix, part_of
 
 # PEFT has no defaults for vision models; these are its own for the others.
-_DEFAULT_TARGETS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"))
+_DEFAULT_TARGETS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("c_attn",))
 
 
 class AdaptedBackbone:
@@ -53,6 +55,7 @@ class AdaptedBackbone:
         self._rank = 0
         self._task: LabelledTask | None = None
         self._check_rank(adapter.server_rank)
+        self._stem = _stem_of(backbone.encoder, adapter, self._targets)
 
     # --- shape of the state --------------------------------------------------------------------
 
@@ -131,8 +134,21 @@ class AdaptedBackbone:
 
     def logits(self, batch: Batch) -> Tensor:
         """Return (n, classes) logits of the loaded model."""
-        output: Tensor = self.module(**batch.inputs).logits
+        with self._stem.bypass(batch.past_stem) if self._stem else nullcontext():
+            output: Tensor = self.module(**batch.inputs).logits
         return output.float()
+
+    @property
+    def has_stem(self) -> bool:
+        """Say whether rows can be taken past blocks that nothing changes."""
+        return self._stem is not None
+
+    def past_stem(self, features: Features) -> Features:
+        """Return the rows past the stem, or as they are if there is none."""
+        if self._stem is None or features.past_stem:
+            return features
+        with self.in_use:
+            return self._stem.run(features, self.backbone.device)
 
     @property
     def module(self) -> nn.Module:
@@ -180,6 +196,7 @@ class AdaptedBackbone:
             use_rslora=self._adapter.rslora,
             lora_dropout=self._adapter.dropout,
             target_modules=[module.removeprefix(prefix) for module in self._targets],
+            fan_in_fan_out=_stored_transposed(self.backbone.encoder, self._targets),
         )
         # PEFT draws its own start from the global stream; `load` overwrites it.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -238,14 +255,34 @@ def _initial_head(name: str, shape: torch.Size, spread: float, seed: int) -> Ten
     return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
 
 
+def _linear_modules(encoder: Any) -> dict[str, Any]:
+    """Return the pretrained linear modules by full name, quantised ones and GPT-2's included."""
+    from transformers.pytorch_utils import Conv1D
+
+    prefix = type(encoder).base_model_prefix
+    return {
+        f"{prefix}.{name}".replace(".base_layer", ""): module
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name
+    }
+
+
+def _size(module: Any) -> tuple[int, int]:
+    """Return (out, in) features; GPT-2's Conv1D has names of its own for them."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.nf, module.nx
+
+
+def _stored_transposed(encoder: Any, targets: Iterable[str]) -> bool:
+    """Say whether a target is GPT-2's Conv1D, with a weight (in, out); PEFT sorts out mixtures."""
+    linear = _linear_modules(encoder)
+    return any(not isinstance(linear[target], nn.Linear) for target in targets)
+
+
 def _choose_targets(encoder: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
     """Return the modules to adapt, by full name, with (out, in) features."""
-    prefix = type(encoder).base_model_prefix
-    linear = {
-        f"{prefix}.{name}".replace(".base_layer", ""): (module.out_features, module.in_features)
-        for name, module in encoder.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name
-    }
+    linear = _linear_modules(encoder)
     endings = {name.rsplit(".", 1)[-1] for name in linear}
     wanted = adapter.targets or next(
         (names for names in _DEFAULT_TARGETS if set(names) <= endings), ()
@@ -255,7 +292,30 @@ def _choose_targets(encoder: Any, adapter: Adapter) -> dict[str, tuple[int, int]
             f"adapter.targets = {list(adapter.targets)}: this backbone has linear modules that "
             f"end in {', '.join(sorted(endings)) or 'nothing (none at all)'}; choose among these"
         )
-    return {name: size for name, size in linear.items() if name.rsplit(".", 1)[-1] in set(wanted)}
+    chosen = {n: _size(m) for n, m in linear.items() if n.rsplit(".", 1)[-1] in set(wanted)}
+    return _in_last_blocks(chosen, adapter.blocks) if adapter.blocks else chosen
+
+
+def _in_last_blocks(
+    targets: Mapping[str, tuple[int, int]], count: int
+) -> dict[str, tuple[int, int]]:
+    """Return the targets in the last `count` blocks."""
+    blocks = sorted({block_of(name)[1] for name in targets})
+    if count > len(blocks):
+        raise ConfigError(
+            f"adapter.blocks = {count}: this backbone has {len(blocks)} blocks with "
+            "modules to adapt; choose at most that many, or 0 for all"
+        )
+    return {n: size for n, size in targets.items() if block_of(n)[1] in blocks[-count:]}
+
+
+def _stem_of(encoder: Any, adapter: Adapter, targets: Iterable[str]) -> Stem | None:
+    """Split off what lies below the lowest adapted block, if the adapter leaves anything there."""
+    if not adapter.blocks:
+        return None
+    stack, lowest = min(block_of(name) for name in targets)
+    prefix = type(encoder).base_model_prefix + "."
+    return Stem(encoder, stack.removeprefix(prefix), lowest)
 
 
 def export_peft(
@@ -274,7 +334,9 @@ def export_peft(
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    base: Any = load_base_model(backbone, task.kind, len(task.labels))
+    # An adapter is the same on any grid of its base.
+    plain = backbone.model_copy(update={"quantised": "none"})
+    base: Any = load_base_model(plain, task.kind, len(task.labels))
     base.config.id2label = dict(enumerate(task.labels))
     base.config.label2id = {label: index for index, label in enumerate(task.labels)}
     rank = state[factor_names(adapted_modules(state)[0])[1]].shape[0]
@@ -285,7 +347,8 @@ def export_peft(
         for name, parameter in base.named_parameters()
         if not name.startswith(inside)
     }
-    targets = _choose_targets(getattr(base, base.base_model_prefix), adapter)
+    encoder = getattr(base, base.base_model_prefix)
+    targets = _choose_targets(encoder, adapter)
     check_update(
         state,
         _factor_shapes(targets, rank) | {prefix + name: shape for name, shape in head.items()},
@@ -296,6 +359,7 @@ def export_peft(
         use_rslora=adapter.rslora,
         lora_dropout=adapter.dropout,
         target_modules=list(targets),
+        fan_in_fan_out=_stored_transposed(encoder, targets),
         modules_to_save=sorted({name.split(".")[0] for name in head}),
         task_type={"text": "SEQ_CLS", "image": None}[task.kind],
     )

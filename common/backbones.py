@@ -1,18 +1,21 @@
 """Backbones: a local folder or hub id becomes a frozen pretrained model and its preprocessor.
 
 A backbone is loaded once a process; the models of several tasks share its encoder, each with a
-head of its own.
+head of its own. Rows are preprocessed without any of it: the preprocessor needs no weights.
 """
 
+import functools
 import importlib.util
+import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.config import Backbone
 from common.errors import ConfigError
@@ -75,29 +78,53 @@ def locate(config: Backbone) -> str:
     return str(config.hub)
 
 
-@dataclass
-class PretrainedBackbone:
-    """A frozen encoder, its preprocessor, and one model a task over the shared encoder."""
+@dataclass(frozen=True)
+class Preprocessor:
+    """How rows become what a backbone takes.
+
+    Attributes:
+        kind: of the rows.
+        location: the folder or hub id.
+        tool: transformers' tokenizer or image processor.
+        max_length: tokens kept of a text.
+        model_config: the configuration of the pretrained model.
+    """
 
     kind: Kind
     location: str
-    encoder: Any  # a transformers model without its head
-    preprocessor: Any
+    tool: Any
     max_length: int
-    device: torch.device
-    _models: dict[int, nn.Module] = field(default_factory=dict)
-    _making: threading.Lock = field(default_factory=threading.Lock)
+    model_config: Any
 
     @property
     def channels(self) -> int:
-        """Return the number of colour channels the encoder takes."""
-        return int(self.encoder.config.num_channels)
+        """Return the number of colour channels the model takes."""
+        return int(self.model_config.num_channels)
 
     @property
     def picture_size(self) -> tuple[int, int]:
         """Return (height, width) in pixels."""
-        size = self.encoder.config.image_size
+        size = self.model_config.image_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def classifier_config(self, num_labels: int) -> Any:
+        """Return the configuration of the model with a head of `num_labels` classes."""
+        config = type(self.model_config).from_pretrained(self.location, num_labels=num_labels)
+        if self.kind == "text" and getattr(config, "pad_token_id", None) is None:
+            # Decoders classify at the last token that is no padding, and know it by this.
+            config.pad_token_id = self.tool.pad_token_id
+        return config
+
+
+@dataclass
+class PretrainedBackbone:
+    """A frozen encoder, its preprocessor, and one model a task over the shared encoder."""
+
+    preprocessor: Preprocessor
+    encoder: Any  # a transformers model without its head
+    device: torch.device
+    _models: dict[int, nn.Module] = field(default_factory=dict)
+    _making: threading.Lock = field(default_factory=threading.Lock)
 
     def classifier(self, num_labels: int) -> nn.Module:
         """Return the model with a head of `num_labels` classes; all share the one encoder.
@@ -110,10 +137,8 @@ class PretrainedBackbone:
             return self._models[num_labels]
 
     def _make_classifier(self, num_labels: int) -> nn.Module:
-        config = type(self.encoder.config).from_pretrained(self.location)
-        config.num_labels = num_labels
-        with torch.device("meta"):
-            model: Any = _AUTO_MODELS[self.kind]().from_config(config)
+        config = self.preprocessor.classifier_config(num_labels)
+        model = _without_weights(self.preprocessor.kind, config)
         setattr(model, model.base_model_prefix, self.encoder)
         for child in model.children():
             if child is not self.encoder:
@@ -139,12 +164,20 @@ _AUTO_MODELS: Mapping[Kind, Callable[[], Any]] = {
 }
 
 
+def _without_weights(kind: Kind, model_config: Any) -> Any:
+    with torch.device("meta"):
+        return _AUTO_MODELS[kind]().from_config(model_config)
+
+
 def _tokenizer(location: str) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(location)
     if tokenizer.pad_token is None:
-        raise ConfigError(f"backbone {location!r}: its tokenizer has no padding token")
+        # As is usual for decoders, which have none; attention is masked there all the same.
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"backbone {location!r}: its tokenizer has no padding and no end token")
     tokenizer.padding_side = "right"  # batches are cropped at the right
     return tokenizer
 
@@ -172,13 +205,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(automatic if name == "auto" else name)
 
 
-def load_base_model(config: Backbone, kind: Kind, num_labels: int) -> Any:
-    """Load the plain pretrained classifier, as `from_pretrained` gives it, with a new head.
+@functools.lru_cache(maxsize=8)
+def load_preprocessor(config: Backbone, kind: Kind) -> Preprocessor:
+    """Load the tokenizer or image processor of a backbone, and no weights.
 
     Raises:
-        ConfigError: the folder or hub id cannot be loaded as a classifier of this kind.
+        ConfigError: the backbone takes no rows of this kind, or none as long as is asked for.
     """
-    from transformers.utils import logging
+    from transformers import AutoConfig
 
     location = locate(config)
     if config.name and SHIPPED_BACKBONES[config.name].kind != kind:
@@ -186,16 +220,21 @@ def load_base_model(config: Backbone, kind: Kind, num_labels: int) -> Any:
             f"backbone.name = {config.name!r} takes {SHIPPED_BACKBONES[config.name].kind}, "
             f"but the task is of kind {kind}"
         )
-    logging.set_verbosity_error()  # a new head is meant: no report of missing weights
-    logging.disable_progress_bar()
+    with _named_in_errors(location, kind):
+        model_config = AutoConfig.from_pretrained(location)
+        tool = _PREPROCESSORS[kind](location)
+    longest = getattr(model_config, "max_position_embeddings", config.max_length)
+    if kind == "text" and config.max_length > longest:
+        raise ConfigError(
+            f"backbone.max_length = {config.max_length}: {location!r} takes at most {longest}"
+        )
+    return Preprocessor(kind, location, tool, config.max_length, model_config)
+
+
+@contextmanager
+def _named_in_errors(location: str, kind: Kind) -> Iterator[None]:
     try:
-        # What the checkpoint lacks is drawn from the global stream: the same in every process, and
-        # the stream is left as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return _AUTO_MODELS[kind]().from_pretrained(
-                location, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32
-            )
+        yield
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"backbone {location!r} cannot be loaded for a task of kind {kind!r}: "
@@ -203,28 +242,101 @@ def load_base_model(config: Backbone, kind: Kind, num_labels: int) -> Any:
         ) from None
 
 
+def load_base_model(
+    config: Backbone, kind: Kind, num_labels: int, device: torch.device | None = None
+) -> Any:
+    """Load the plain pretrained classifier, as `from_pretrained` gives it, with a new head.
+
+    Raises:
+        ConfigError: the folder or hub id cannot be loaded as a classifier of this kind.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    preprocessor = load_preprocessor(config, kind)
+    device = device or torch.device("cpu")
+    transformers_logging.set_verbosity_error()  # a new head is meant: no report of missing weights
+    transformers_logging.disable_progress_bar()
+    # What the checkpoint lacks is drawn from the global stream: the same in every process, and the
+    # stream is left as it was.
+    with _named_in_errors(preprocessor.location, kind), torch.random.fork_rng(devices=[]):
+        model_config = preprocessor.classifier_config(num_labels)
+        grid = _quantisation(config.quantised, kind, model_config, device)
+        torch.manual_seed(0)
+        model: Any = _AUTO_MODELS[kind]().from_pretrained(
+            preprocessor.location,
+            config=model_config,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            **grid,
+        )
+    if not grid:
+        return model.to(device)
+    _keep_as_loaded(model)
+    return model
+
+
+# PEFT tells by these which of its layers to wrap the linear ones in.
+_QUANTISED_FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
+
+_GRIDS: Mapping[str, Mapping[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+}
+
+
+def _quantisation(name: str, kind: Kind, model_config: Any, device: torch.device) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to quantise on `device`; nothing for `none`."""
+    if name == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"backbone.quantised = {name!r}: the package bitsandbytes is not installed; "
+            "pip install -c constraints.txt 'fedcopra[quantised]' (or '.[quantised]' in a clone)"
+        )
+    from transformers import BitsAndBytesConfig
+
+    # It tells of every layer, at every step, that LLM.int8() multiplies in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    model = _without_weights(kind, model_config)
+    heads = [child for child, _ in model.named_children() if child != model.base_model_prefix]
+    return {
+        "quantization_config": BitsAndBytesConfig(**_GRIDS[name], llm_int8_skip_modules=heads),
+        "device_map": {"": device},  # a quantised layer cannot be moved with its parent
+    }
+
+
+def _keep_as_loaded(model: nn.Module) -> None:
+    """Stop bitsandbytes from rewriting what was loaded while it computes."""
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            # It would round its bias, for good, to the dtype of what comes in.
+            module.register_forward_pre_hook(_in_float32)
+        elif isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On some processors it would repack its weights, and compute in bfloat16.
+            module.support_avx512bf16_for_cpu = False
+
+
+def _in_float32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.float() for tensor in inputs)
+
+
 def load_backbone(config: Backbone, kind: Kind, device: str) -> PretrainedBackbone:
     """Load a backbone, frozen, on `device`."""
-    model: Any = load_base_model(config, kind, num_labels=2)
-    location = locate(config)
+    place = choose_device(device)
+    model: Any = load_base_model(config, kind, num_labels=2, device=place)
     encoder = getattr(model, model.base_model_prefix, None)
     if encoder is None:
         raise ConfigError(
-            f"backbone {location!r} ({type(model).__name__}) keeps no encoder apart from its "
+            f"backbone {locate(config)!r} ({type(model).__name__}) keeps no encoder apart from its "
             "head, which clients would have to share; choose another"
         )
-    longest = getattr(encoder.config, "max_position_embeddings", config.max_length)
-    if kind == "text" and config.max_length > longest:
-        raise ConfigError(
-            f"backbone.max_length = {config.max_length}: {location!r} takes at most {longest}"
-        )
+    for flag in _QUANTISED_FLAGS:
+        setattr(encoder, flag, getattr(model, flag, False))
     encoder.requires_grad_(False)
-    place = choose_device(device)
-    return PretrainedBackbone(
-        kind,
-        location,
-        encoder.to(place),
-        _PREPROCESSORS[kind](location),
-        config.max_length,
-        place,
-    )
+    return PretrainedBackbone(load_preprocessor(config, kind), encoder, place)

@@ -1,9 +1,11 @@
 """Compression on the wire: fewer bits a number, and what was lost is made up for later.
 
-Numbers are cut into blocks of 64; a block travels as its largest magnitude (float16, rounded up)
-and one small signed integer a number, rounded to the nearest: int8 has 8.25 bits a number and an
-error of at most 1/254 of the block's largest magnitude, int4 has 4.25 bits and 1/14. float16 is
-IEEE half precision.
+Numbers are cut into blocks of 64; a block travels as its largest magnitude (bfloat16, rounded up by
+less than 1 %) and one small signed integer a number, rounded to the nearest: int8 has 8.25 bits a
+number and an error of at most 1/252 of the block's largest magnitude, int4 has 4.25 bits and 1/13.
+bfloat16 has the range of float32, so that this holds for small numbers as for large ones. float16
+is IEEE half precision; what is beyond its 65504 is cut to that. NaN and infinity stay what they
+are, or turn their block into NaN, so that the receiver can refuse them.
 
 Uploads are increments over what the client was sent. Error feedback (Seide et al. 2014; Karimireddy
 et al., arXiv 1901.09847): the client adds what its last upload lost before it compresses the next.
@@ -23,7 +25,8 @@ from common.errors import UpdateRefusedError
 Format = Literal["float32", "float16", "int8", "int4"]
 BLOCK = 64
 _SCALE_BYTES = 2
-_SMALLEST, _LARGEST = 2.0**-24, 65504.0  # what float16 holds
+_LARGEST_HALF = 65504.0
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal number; a block of zeros needs some scale
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,21 @@ def _checked(encoded: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
 
 
 def _half(tensor: Tensor) -> Tensor:
-    return tensor.clamp(-_LARGEST, _LARGEST).to(torch.float16)
+    # What is infinite must not become a number.
+    cut = tensor.clamp(-_LARGEST_HALF, _LARGEST_HALF)
+    return torch.where(tensor.isfinite(), cut, tensor).to(torch.float16)
 
 
 def _to_blocks(tensor: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Return (scales (b, 1) float16, codes (b, 64) in -levels..levels)."""
+    """Return (scales (b, 1) bfloat16, codes (b, 64) int8 in -levels..levels)."""
     flat = tensor.reshape(-1)
     blocks = functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK)
     largest = blocks.abs().amax(dim=1, keepdim=True)
-    # One half-precision step up, so that no number falls outside the scale.
-    scales = (largest * (1 + 2.0**-10)).clamp(_SMALLEST, _LARGEST).to(torch.float16)
+    # Half a step of bfloat16 up before rounding, so that no number falls outside the scale.
+    scales = (largest * (1 + 2.0**-8)).clamp_min(_SMALLEST_SCALE).to(torch.bfloat16)
     codes = (blocks / scales.float() * levels).round().clamp(-levels, levels)
-    return scales, codes.to(torch.int8)
+    # An infinite scale gives no codes; decoded, infinity times zero is NaN.
+    return scales, codes.nan_to_num(0.0).to(torch.int8)
 
 
 def _from_blocks(scales: Tensor, codes: Tensor, levels: int, shape: torch.Size) -> Tensor:
@@ -93,7 +99,7 @@ def _encode_int8(tensor: Tensor) -> Tensor:
 
 def _decode_int8(encoded: Tensor, shape: torch.Size) -> Tensor:
     rows = _rows(encoded, "int8", shape)
-    scales = rows[:, :_SCALE_BYTES].contiguous().view(torch.float16)
+    scales = rows[:, :_SCALE_BYTES].contiguous().view(torch.bfloat16)
     return _from_blocks(scales, rows[:, _SCALE_BYTES:].contiguous().view(torch.int8), 127, shape)
 
 
@@ -106,7 +112,7 @@ def _encode_int4(tensor: Tensor) -> Tensor:
 
 def _decode_int4(encoded: Tensor, shape: torch.Size) -> Tensor:
     rows = _rows(encoded, "int4", shape)
-    scales = rows[:, :_SCALE_BYTES].contiguous().view(torch.float16)
+    scales = rows[:, :_SCALE_BYTES].contiguous().view(torch.bfloat16)
     packed = rows[:, _SCALE_BYTES:]
     codes = torch.stack([packed & 15, packed >> 4], dim=2).reshape(len(rows), BLOCK)
     return _from_blocks(scales, codes.to(torch.int8) - 8, 7, shape)

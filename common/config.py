@@ -90,9 +90,14 @@ class Task(TaskSource):
 
 
 class Partition(_Table):
-    """How the training rows are dealt out to clients."""
+    """How the training rows are dealt out to clients.
 
-    kind: Literal["iid", "dirichlet", "classes", "by-task"] = "iid"
+    `dirichlet` deals each label out by a draw over clients, so that sizes vary too; at small alpha
+    some clients would get nothing, and a draw with fewer than `min_examples` is refused.
+    `dirichlet-labels` gives all clients the same size and each a draw of its own over labels.
+    """
+
+    kind: Literal["iid", "dirichlet", "dirichlet-labels", "classes", "by-task"] = "iid"
     clients: int = Field(10, ge=1)
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is more skewed")
     classes: int = Field(2, ge=1, description="classes a client, for kind = classes")
@@ -100,9 +105,16 @@ class Partition(_Table):
 
 
 class Backbone(_Source):
-    """The pretrained model."""
+    """The pretrained model.
+
+    `quantised` is of its linear layers, heads excepted: `int8` is LLM.int8() (arXiv 2208.07339),
+    `nf4` the 4-bit NormalFloat of QLoRA (arXiv 2305.14314) without double quantisation.
+    """
 
     max_length: int = Field(64, ge=1, description="tokens kept of a text")
+    quantised: Literal["none", "int8", "nf4"] = Field(
+        "none", description="grid of the frozen weights; needs the extra 'quantised'"
+    )
 
 
 class Adapter(_Table):
@@ -114,6 +126,7 @@ class Adapter(_Table):
     alpha: float = Field(16.0, gt=0)
     rslora: bool = False
     targets: tuple[str, ...] = Field((), description="module name endings; empty: query and value")
+    blocks: int = Field(0, ge=0, description="how many of the last blocks are adapted; 0: all")
     dropout: float = Field(0.0, ge=0, lt=1)
     train_head: bool = True
 

@@ -19,6 +19,13 @@ from common.config import Copra
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
+def block_of(name: str) -> tuple[str, int]:
+    """Return where a module's transformer block is: the stack that holds it, and its position."""
+    found = _BLOCK.match(name)
+    stack, _, position = found.group().rpartition(".") if found else (name, "", "0")
+    return stack, int(position)
+
+
 def keep_probability(step: int, total_steps: int, copra: Copra) -> float:
     """Return p(t) = min(1, p0 + (1 - p0)·t/T1), T1 = ceil(ramp·T), for the 0-based global step."""
     ramp_steps = math.ceil(copra.ramp * total_steps)

@@ -1,15 +1,15 @@
 """Features: rows of a task as the tensors that a backbone takes."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.backbones import PretrainedBackbone
-from common.tasks import Kind, Split, open_picture
+from common.backbones import Preprocessor
+from common.tasks import Split, open_picture
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
+    past_stem: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,34 @@ class Features:
 
     Texts: `input_ids`, `attention_mask` (and `token_type_ids`), each (n, longest), int64. Images:
     `pixel_values` (n, channels, height, width), uint8: scaled and normalised batch by batch, which
-    keeps a shard four times smaller.
+    keeps a shard four times smaller. Past the stem of a model (`common.stem`) both are its hidden
+    states, (n, tokens, width).
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     mean: Tensor | None = None
     std: Tensor | None = None
+    past_stem: bool = False
+
+    def select(self, rows: Tensor) -> "Features":
+        """Return the rows at these positions."""
+        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=self.labels[rows])
+
+    def room_for(self, count: int) -> "Features":
+        """Return features of this form for `count` rows, whose values mean nothing yet."""
+        inputs = {
+            name: torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype)
+            for name, tensor in self.inputs.items()
+        }
+        return replace(self, inputs=inputs, labels=torch.empty(count, dtype=torch.int64))
+
+    def put(self, rows: Tensor, found: "Features") -> None:
+        """Write features of this form to these positions."""
+        for name, tensor in self.inputs.items():
+            tensor[rows] = found.inputs[name]
+        self.labels[rows] = found.labels
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -48,7 +70,7 @@ class Features:
             pixels = inputs["pixel_values"].to(device, torch.float32) / 255
             inputs["pixel_values"] = (pixels - self.mean.to(device)) / self.std.to(device)
         moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-        return Batch(moved, self.labels[rows].to(device))
+        return Batch(moved, self.labels[rows].to(device), self.past_stem)
 
     def batches(self, size: int, device: torch.device) -> Iterator[Batch]:
         """Yield all rows, `size` at a time, in order."""
@@ -56,26 +78,30 @@ class Features:
             yield self.batch(torch.arange(start, min(start + size, len(self))), device)
 
 
-def extract_features(backbone: PretrainedBackbone, kind: Kind, split: Split) -> Features:
+def extract_features(preprocessor: Preprocessor, split: Split) -> Features:
     """Preprocess a split: tokenise texts, resize pictures."""
-    return _EXTRACTORS[kind](backbone, split)
+    return _EXTRACTORS[preprocessor.kind](preprocessor, split)
 
 
-def _text_features(backbone: PretrainedBackbone, split: Split) -> Features:
+def _text_features(preprocessor: Preprocessor, split: Split) -> Features:
     inputs: list[Any] = list(split.inputs)
     texts = [parts if len(parts) > 1 else parts[0] for parts in inputs]
     # Longest in the shard: batches are cropped to their own longest row.
-    encoded = backbone.preprocessor(
-        texts, padding=True, truncation=True, max_length=backbone.max_length, return_tensors="pt"
+    encoded = preprocessor.tool(
+        texts,
+        padding=True,
+        truncation=True,
+        max_length=preprocessor.max_length,
+        return_tensors="pt",
     )
     return Features(dict(encoded), torch.from_numpy(split.labels))
 
 
-def _image_features(backbone: PretrainedBackbone, split: Split) -> Features:
-    processor = backbone.preprocessor
-    mode = "L" if backbone.channels == 1 else "RGB"
+def _image_features(preprocessor: Preprocessor, split: Split) -> Features:
+    processor = preprocessor.tool
+    mode = "L" if preprocessor.channels == 1 else "RGB"
     pictures: list[Any] = list(split.inputs)
-    height, width = backbone.picture_size
+    height, width = preprocessor.picture_size
     pixels = np.stack(
         [
             np.asarray(open_picture(p).convert(mode).resize((width, height), processor.resample))
@@ -96,8 +122,7 @@ def shortest_first(features: Features) -> Features:
     if "attention_mask" not in features.inputs:
         return features
     order = features.inputs["attention_mask"].sum(dim=1).argsort(stable=True)
-    inputs = {name: tensor[order] for name, tensor in features.inputs.items()}
-    return Features(inputs, features.labels[order])
+    return features.select(order)
 
 
 _EXTRACTORS = {"text": _text_features, "image": _image_features}

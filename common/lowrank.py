@@ -92,11 +92,38 @@ class SVD:
 
 def kept_energy(svds: Iterable[SVD], rank: int) -> float:
     """Return the share of the squared Frobenius norm, over all, in the first `rank` directions."""
+    return kept_share((svd.S for svd in svds), rank)
+
+
+def kept_share(spectra: Iterable[Tensor], rank: int) -> float:
+    """Return `kept_energy` of matrices of which only the singular values are still there."""
     kept, total = 0.0, 0.0
-    for svd in svds:
-        kept += float(svd.S[:rank].square().sum())
-        total += float(svd.S.square().sum())
+    for S in spectra:
+        kept += float(S[:rank].square().sum())
+        total += float(S.square().sum())
     return kept / total if total > 0 else 1.0
+
+
+def best_of_dense(matrix: Tensor, rank: int) -> tuple[SVD, float]:
+    """Return the best approximation of a full (m, n) matrix, and the squared norm of the whole.
+
+    By the eigenvectors of the smaller Gram matrix, which is several times faster than a full SVD;
+    it finds the leading directions to about 1e-8 of the largest singular value.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = (matrix.T if tall else matrix).double()
+    _, vectors = torch.linalg.eigh(wide @ wide.T)
+    leading = vectors[:, -rank:].flip(1)
+    X, S, Yh = torch.linalg.svd(leading.T @ wide, full_matrices=False)
+    left, right = leading @ X, Yh.T
+    return _signed(right, S, left) if tall else _signed(left, S, right), float(wide.square().sum())
+
+
+def _signed(U: Tensor, S: Tensor, V: Tensor) -> SVD:
+    """Turn signs so that the entry of largest magnitude of every left vector is positive."""
+    largest = U.abs().argmax(dim=0, keepdim=True)
+    signs = torch.where(U.gather(0, largest) < 0, -1.0, 1.0)
+    return SVD(U * signs, S, V * signs)
 
 
 class Span:
@@ -130,10 +157,7 @@ class Span:
         matrix always gives the same factors.
         """
         X, S, Yh = torch.linalg.svd(self.core(coefficients), full_matrices=False)
-        U, V = self._Q_P @ X, self._Q_Q @ Yh.T
-        largest = U.abs().argmax(dim=0, keepdim=True)
-        signs = torch.where(U.gather(0, largest) < 0, -1.0, 1.0)
-        return SVD(U * signs, S, V * signs)
+        return _signed(self._Q_P @ X, S, self._Q_Q @ Yh.T)
 
     def norm(self, coefficients: Sequence[float | Tensor]) -> float:
         """Return the Frobenius norm of `Σ_j B_j·diag(c_j)·A_j`."""

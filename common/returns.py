@@ -22,7 +22,8 @@ def wanted_update(model: Tensors, trains: Sequence[str], rules: LocalRules) -> l
     `model` is what the client was sent and `trains` the parts it was to train.
     """
     public = [part for part in trains if part not in rules.keeps]
-    shapes = {n: t.shape for n, t in model.items() if part_of(n) in public}
+    # Control variates are named after parts, and are no parts themselves.
+    shapes = {n: t.shape for n, t in model.items() if "/" not in n and part_of(n) in public}
     if rules.sketch:
         shapes = {n: shape for n, shape in shapes.items() if not is_factor(n)}
         shapes |= {

@@ -31,3 +31,5 @@ class LocalRules:
 
 
 NO_RULES = LocalRules()
+# For methods whose every merge turns the factors' basis.
+TURNING = LocalRules(steady=False)

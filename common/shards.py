@@ -1,7 +1,8 @@
 """Shards: which training rows each client holds.
 
 `(task, partition, seed)` decides every client's rows, and every client recomputes its own: nothing
-is sent. The draws are those of flwr-datasets' partitioners.
+is sent. The draws are those of flwr-datasets' partitioners; its partitioner for equal shards with
+skewed labels divides by zero where a label runs out, so that one is our own.
 """
 
 import functools
@@ -67,6 +68,52 @@ def deal_shards(task: Task, partition: Partition, seed: int) -> tuple[Shard, ...
 
 
 def _deal(labels: Rows, partition: Partition, clients: int, seed: int) -> list[Rows]:
+    if partition.kind == "dirichlet-labels":
+        return deal_label_mixes(labels, partition.alpha, clients, seed)
+    return _deal_by_library(labels, partition, clients, seed)
+
+
+def deal_label_mixes(labels: Rows, alpha: float, clients: int, seed: int) -> list[Rows]:
+    """Deal equal shards, each with labels in proportions of its own (Hsu et al., arXiv 1909.06335).
+
+    Client k draws `q_k ~ Dirichlet(alpha·C·p)`, p the labels' shares over all C labels that occur,
+    and takes its rows accordingly; where a label has run out it goes on with those of its others
+    that are left, and then with a new draw over what is left. The last `len(labels) mod clients`
+    rows stay undealt.
+    """
+    stream = numpy_generator(seed, "label mixes")
+    waiting = [stream.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    left: Any = np.array([len(rows) for rows in waiting])
+    concentration = alpha * len(left) * left / left.sum()
+    shards = []
+    for _ in range(clients):
+        mix: Any = _mix(concentration, left, stream)
+        missing, parts = len(labels) // clients, []
+        while missing:
+            mix = mix * (left > 0)
+            if mix.sum() <= 0:
+                mix = _mix(concentration, left, stream)
+            taken = np.minimum(stream.multinomial(missing, mix / mix.sum()), left)
+            for rows, remaining, count in zip(waiting, left, taken, strict=True):
+                parts.append(rows[remaining - count : remaining])
+            left, missing = left - taken, missing - int(taken.sum())
+        shards.append(np.concatenate(parts).astype(np.int64))
+    return shards
+
+
+def _mix(concentration: Any, left: Any, stream: np.random.Generator) -> Any:
+    """Draw proportions over the labels of which rows are left; (C,), summing to 1."""
+    mix = np.zeros(len(left))
+    there = left > 0
+    # A tiny concentration may round every part of a draw to zero: then one label has all.
+    draw = stream.dirichlet(concentration[there])
+    if not np.isfinite(draw).all() or draw.sum() <= 0:
+        draw = stream.multinomial(1, concentration[there] / concentration[there].sum())
+    mix[there] = draw
+    return mix
+
+
+def _deal_by_library(labels: Rows, partition: Partition, clients: int, seed: int) -> list[Rows]:
     from datasets import Dataset
 
     # Shuffled here, since some partitioners deal contiguous rows.

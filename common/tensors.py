@@ -37,17 +37,18 @@ class RunningMean:
     def add(self, weight: float, member: Tensors) -> None:
         """Count one member in."""
         for name, tensor in member.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
-                self._weights[name] = 0.0
+            if name in self._sums:
+                self._sums[name].add_(tensor, alpha=weight)
+                self._weights[name] += weight
+            else:
+                self._sums[name] = tensor.to(torch.float64, copy=True).mul_(weight)
+                self._weights[name] = weight
                 self._dtypes[name] = tensor.dtype
-            self._sums[name].add_(tensor, alpha=weight)
-            self._weights[name] += weight
 
     def mean(self) -> dict[str, Tensor]:
-        """Return the mean of every name, sorted by name."""
+        """Return the mean of every name, sorted by name; the sums are spent on the way."""
         return {
-            name: (self._sums[name] / self._weights[name]).to(self._dtypes[name])
+            name: (self._sums.pop(name) / self._weights[name]).to(self._dtypes[name])
             for name in sorted(self._sums)
         }
 
@@ -57,6 +58,7 @@ def weighted_mean(members: Iterable[tuple[float, Tensors]]) -> dict[str, Tensor]
     running = RunningMean()
     for weight, member in members:
         running.add(weight, member)
+        del member  # before the next one is asked for
     return running.mean()
 
 

@@ -12,7 +12,8 @@ from common.config import experiment_from_flat
 from common.shards import deal_shards
 from server.evaluation import Evaluator
 from server.flower_strategy import find_clients, run_federation, share_nodes
-from server.record import REPORT, appearing_whole, build_record, write_run
+from server.folders import REPORT, appearing_whole
+from server.record import build_record, write_run
 from server.report import write_report
 from server.simulation import Finished
 from server.wording import round_line

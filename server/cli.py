@@ -3,13 +3,13 @@
 Heavy imports stand inside the commands, so that `--help` and mistakes answer at once.
 """
 
-import itertools
 import json
-import re
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import click
@@ -18,14 +18,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from common.config import (
-    Experiment,
-    load_experiment,
-    parse_assignments,
-    split_alternatives,
-)
+from common.config import load_experiment, parse_assignments, split_alternatives
 from common.errors import ConfigError, FedcopraError
 from server.environment import prepare_environment
+from server.folders import REPORT, appearing_whole, continued, refuse_existing
+from server.plans import (
+    ONE_CELL,
+    SUITES,
+    PlannedRun,
+    cells_of,
+    checked_alternatives,
+    choose,
+    parse_seeds,
+    plan_runs,
+    plan_trials,
+    subjects_of,
+    tuning_cells,
+    with_choices,
+)
 from server.wording import round_line
 
 app = typer.Typer(
@@ -36,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+_USUAL = ("fedavg", "ffa-lora", "flexlora", "copra-merge")
 console = Console(stderr=True, highlight=False)
 
 ExperimentFile = Annotated[Path, typer.Argument(help="An experiment file, as in experiments/.")]
@@ -44,20 +55,6 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to write; it must not exist.")]
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run of a comparison: its method's label, and its experiment."""
-
-    label: str
-    experiment: Experiment
-
-    @property
-    def folder(self) -> str:
-        """Return a folder name: the label and the seed."""
-        slug = re.sub(r"[^\w.=-]+", "-", self.label).strip("-")
-        return f"{slug}-seed{self.experiment.federation.seed}"
 
 
 def main() -> None:
@@ -87,7 +84,17 @@ def simulate(file: ExperimentFile, assignments: Sets = None, out: Out = None) ->
     experiment = load_experiment(file, parse_assignments(assignments or []))
     name = f"{file.stem}-{experiment.strategy_name}-seed{experiment.federation.seed}"
     folder = out or Path("runs") / name
-    _run_all([PlannedRun(experiment.strategy_name, experiment)], folder, comparison=False)
+    refuse_existing(folder)  # before anything heavy is imported
+    from server.report import write_report
+
+    with TemporaryDirectory() as scratch:
+        planned = PlannedRun(experiment.strategy_name, experiment)
+        records = _simulate([planned], Path(scratch))
+        with appearing_whole(folder) as unfinished:
+            shutil.copytree(Path(scratch) / planned.folder, unfinished, dirs_exist_ok=True)
+            write_report([unfinished], unfinished / REPORT)
+    _print_summary(records)
+    console.print(f"record and report: {folder / REPORT}", soft_wrap=True)
 
 
 @app.command()
@@ -97,21 +104,67 @@ def compare(
         str,
         typer.Option(
             help="Strategies, with commas; the first is what others are held to. A strategy may "
-            "bring settings of its own: ffa-lora+train.learning_rate=4e-3"
+            "bring settings of its own: ffa-lora+train.learning_rate=4e-3",
+            show_default="fedavg,ffa-lora,flexlora,copra-merge, or those of the suite",
         ),
-    ] = "fedavg,ffa-lora,flexlora,copra-merge",
+    ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2",
     assignments: Sets = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUES",
+            help="Choose this setting for every strategy by itself, on validation rows.",
+        ),
+    ] = None,
+    suite: Annotated[str, typer.Option(help="A standard grid: federated-lora.")] = "",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=VALUES", help="Make only these cells of the suite."),
+    ] = None,
     out: Out = None,
 ) -> None:
     """Run several strategies on the same shards, seeds and start, and compare them.
 
-    A --set with several values, as in --set copra.enabled=true,false, compares these too.
+    A --set with several values, as in --set copra.enabled=true,false, compares these too. --tune
+    tries every value for every strategy at a seed of its own, on validation rows, and takes the
+    best one to the test rows. A comparison that was stopped goes on where it was when the same
+    command is given again.
 
     Example: fedcopra compare experiments/digits.toml --strategies fedavg,copra-merge --seeds 0,1
     """
-    runs = plan_comparison(file, strategies.split(","), seeds.split(","), assignments or [])
-    _run_all(runs, out or Path("runs") / f"{file.stem}-comparison", comparison=True)
+    if suite and suite not in SUITES:
+        raise ConfigError(f"--suite {suite!r}: choose from {', '.join(SUITES)}")
+    if only and not suite:
+        raise ConfigError(f"--only {only[0]}: it chooses cells of a --suite, and there is none")
+    standard = SUITES[suite] if suite else None
+    names = strategies.split(",") if strategies else (standard.strategies if standard else _USUAL)
+    subjects = subjects_of(names, checked_alternatives(assignments or []))
+    cells = cells_of(standard, only or []) if standard else ONE_CELL
+    grid = split_alternatives(tune or []) or (standard.grid if standard else {})
+    numbers = parse_seeds(seeds.split(","))
+    runs = plan_runs(file, subjects, cells, numbers)
+    places = tuning_cells(standard, cells) if standard else ONE_CELL
+    trials = plan_trials(file, subjects, places, grid) if grid else []
+    folder = out or Path("runs") / f"{file.stem}-{suite or 'comparison'}"
+    refuse_existing(folder)  # before anything heavy is imported
+    from server.study import write_comparison, write_suite
+
+    with _kept(folder), continued(folder) as unfinished:
+        choices = []
+        if trials:
+            choices = choose(trials, _simulate([trial.run for trial in trials], unfinished))
+            runs = with_choices(file, subjects, cells, numbers, choices)
+        records = _simulate(runs, unfinished)
+        if standard:
+            write_suite(suite, cells, runs, records, choices, unfinished)
+        else:
+            write_comparison(records, unfinished, choices)
+    for cell in cells:
+        if cell.name:
+            console.print(f"\n{cell.name}")
+        _print_summary([d for r, d in zip(runs, records, strict=True) if r.cell == cell.name])
+    console.print(f"record and report: {folder / REPORT}", soft_wrap=True)
 
 
 @app.command()
@@ -136,6 +189,9 @@ def export(
     run: Annotated[Path, typer.Argument(help="The folder of a run.")],
     folder: Annotated[Path, typer.Argument(help="The PEFT folder to write; must not exist.")],
     task: Annotated[str, typer.Option(help="Whose head, in a by-task run.")] = "",
+    rank: Annotated[
+        int, typer.Option(help="Cut to the best of this rank; methods with a residual need it.")
+    ] = 0,
 ) -> None:
     """Write the served adapter as a standard PEFT folder.
 
@@ -143,7 +199,9 @@ def export(
     """
     from server.export import export_run
 
-    export_run(run, folder, task)
+    kept = export_run(run, folder, task, rank)
+    if kept is not None:
+        console.print(f"rank {rank} keeps {100 * kept:.2f} % of the energy of the served delta")
     console.print(f"adapter: {folder} (PeftModel.from_pretrained(base, {str(folder)!r}) takes it)")
 
 
@@ -152,7 +210,7 @@ def list_command(
     what: Annotated[str, typer.Argument(help="strategies, tasks or backbones.")],
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """List what there is, one line each.
+    """List what there is; of strategies, what each serves, costs and can do.
 
     Example: fedcopra list strategies --json
     """
@@ -160,91 +218,33 @@ def list_command(
 
     if what not in CATALOGUES:
         raise ConfigError(f"list {what}: choose from {', '.join(CATALOGUES)}")
-    entries = CATALOGUES[what]()
-    if as_json:
-        print(json.dumps(entries, indent=1))
-        return
-    width = max(len(entry["name"]) for entry in entries)
-    for entry in entries:
-        print(f"{entry['name']:<{width}}  {entry['summary']}")
+    catalogue = CATALOGUES[what]
+    entries = catalogue.entries()
+    print(json.dumps(entries, indent=1) if as_json else catalogue.write(entries))
 
 
-def plan_comparison(
-    file: Path, strategies: Sequence[str], seeds: Sequence[str], assignments: Sequence[str]
-) -> list[PlannedRun]:
-    """Return every run of strategies x settings x seeds, in that order.
-
-    A strategy is written `name`, or `name+key=value+key=value` for settings that it alone has.
-
-    Raises:
-        ConfigError: any of them could not be meant; nothing has run by then.
-    """
-    alternatives = split_alternatives(assignments)
-    for key, option in {"federation.seed": "--seeds", "strategy.name": "--strategies"}.items():
-        if key in alternatives:
-            raise ConfigError(f"--set {key}: in a comparison, say {option} instead")
-    varied = [key for key, values in alternatives.items() if len(values) > 1]
-    numbers = [_seed(seed) for seed in seeds]
-    runs = []
-    for strategy in strategies:
-        name, *own = strategy.strip().split("+")
-        for values in itertools.product(*alternatives.values()):
-            setting = dict(zip(alternatives, values, strict=True)) | parse_assignments(own)
-            shown = [*varied, *(key for key in parse_assignments(own) if key not in varied)]
-            label = " · ".join([name, *(f"{key}={_shown(setting[key])}" for key in shown)])
-            for seed in numbers:
-                chosen = {"strategy.name": name, "federation.seed": seed}
-                runs.append(PlannedRun(label, load_experiment(file, setting | chosen)))
-    if repeated := [run.folder for run in runs if [r.folder for r in runs].count(run.folder) > 1]:
-        raise ConfigError(f"the comparison has {repeated[0]} more than once")
-    return runs
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """When a comparison is stopped, say that what has been done is kept."""
+    try:
+        yield
+    except BaseException:
+        if folder.with_name(f".{folder.name}.unfinished").exists():
+            console.print("stopped; finished runs are kept: the same command goes on from there")
+        raise
 
 
-def _seed(text: str) -> int:
-    if not text.strip().isdigit():
-        raise ConfigError(f"--seeds {text!r}: seeds are whole numbers from 0, as in 0,1,2")
-    return int(text)
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _run_all(runs: Sequence[PlannedRun], folder: Path, *, comparison: bool) -> None:
-    from server.record import (
-        REPORT,
-        appearing_whole,
-        build_record,
-        refuse_existing,
-        write_json,
-        write_run,
-    )
+def _simulate(runs: Sequence[PlannedRun], folder: Path) -> list[dict[str, Any]]:
+    """Make the runs that are missing, with a progress bar; return the records of all."""
+    from server.study import finished_runs, make_runs
     from strategies import resolve
 
-    refuse_existing(folder)  # before anything heavy is imported
     for run in runs:
         resolve(run.experiment)
-    from server.comparison import compare as compare_records
-    from server.report import write_report
-
-    with appearing_whole(folder) as unfinished:
-        finished = _simulate_with_progress(runs, comparison)
-        records = [build_record(done, run.label) for run, done in zip(runs, finished, strict=True)]
-        for run, record, done in zip(runs, records, finished, strict=True):
-            place = unfinished / run.folder if comparison else unfinished
-            place.mkdir(exist_ok=True)
-            write_run(place, record, done.outcomes.served)
-        if comparison:
-            write_json(unfinished / "comparison.json", compare_records(records))
-        write_report([unfinished], unfinished / REPORT)
-    _print_summary(records)
-    console.print(f"record and report: {folder / REPORT}", soft_wrap=True)
-
-
-def _simulate_with_progress(runs: Sequence[PlannedRun], comparison: bool) -> list[Any]:
-    from server.simulation import simulate as simulate_runs
-
-    rounds = sum(run.experiment.federation.rounds for run in runs)
+    done = finished_runs(runs, folder)
+    if done:
+        console.print(f"{len(done)} of {len(runs)} runs are there already")
+    rounds = sum(run.experiment.federation.rounds for i, run in enumerate(runs) if i not in done)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -258,34 +258,47 @@ def _simulate_with_progress(runs: Sequence[PlannedRun], comparison: bool) -> lis
 
         def on_progress(index: int, row: Mapping[str, Any]) -> None:
             run = runs[index]
-            seed = run.experiment.federation.seed
-            progress.update(bar, advance=1, description=f"{run.label}, seed {seed}")
-            if not comparison or row["round"] == run.experiment.federation.rounds:
-                line = f"{run.label}, seed {seed}, {round_line(row)}"
-                progress.console.print(line, soft_wrap=True)
+            who = f"{run.label}, seed {run.experiment.federation.seed}"
+            who = f"{run.cell}: {who}" if run.cell else who
+            progress.update(bar, advance=1, description=who)
+            if len(runs) == 1 or row["round"] == run.experiment.federation.rounds:
+                progress.console.print(f"{who}, {round_line(row)}", soft_wrap=True)
             for client in row["clients"]:
                 if client["status"] != "ok":
                     progress.console.print(
-                        f"{run.label}, seed {seed}, round {row['round']}: client "
-                        f"{client['client']} {client['status']}: {client['reason']}",
+                        f"{who}, round {row['round']}: client {client['client']} "
+                        f"{client['status']}: {client['reason']}",
                         soft_wrap=True,
                     )
 
-        return simulate_runs([run.experiment for run in runs], on_progress)
+        return make_runs(runs, folder, on_progress)
 
 
 def _print_summary(records: Sequence[Mapping[str, Any]]) -> None:
     from server.comparison import compare as compare_records
 
-    table = Table("strategy", "accuracy", "95 % interval", "against the first", box=None)
+    columns = ("strategy", "accuracy", "95 % interval", "against the first", "on own labels")
+    table = Table(*columns, box=None)
     comparison = compare_records(records)
     verdicts = {pair["label"]: pair["verdict"] for pair in comparison["paired"]}
-    for row in comparison["summary"]:
-        scores = row["accuracy"]
-        interval = (
-            "one seed" if scores["low"] is None else f"{scores['low']:.3f}-{scores['high']:.3f}"
-        )
-        table.add_row(
-            row["label"], f"{scores['mean']:.3f}", interval, verdicts.get(row["label"], "")
-        )
+    single = {row["label"]: row["accuracy"] for row in comparison["summary"]}
+    for row in comparison["own"]["summary"]:
+        label, scores = row["label"], single.get(row["label"])
+        # A personalised method has no accuracy but that on its clients' own labels.
+        interval = "personalised" if scores is None else _interval(scores)
+        accuracy = _score(scores["mean"] if scores else None)
+        own = _score(row["own_accuracy"]["mean"])
+        table.add_row(label, accuracy, interval, verdicts.get(label, ""), own)
     console.print(table)
+
+
+def _interval(scores: Mapping[str, float | None]) -> str:
+    if scores["mean"] is None:
+        return "not finite in every seed"
+    if scores["low"] is None:
+        return "one seed"
+    return f"{scores['low']:.3f}-{scores['high']:.3f}"
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -6,6 +6,7 @@ Pure: plain records go in, a plain `comparison.json` comes out; no file, no cloc
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,11 @@ Quantity = Callable[[Record], float | None]
 
 SIGNIFICANCE = 0.05
 
+# What a label may have received by a budget: bytes differ by a few per cent between methods and
+# seeds for no reason but headers, and must not cost any of them a whole round.
+BUDGETS, SLACK = (0.25, 0.5, 1.0), 0.01
+DIRECTIONS = ("up", "down")
+
 METHOD = (
     "Final values are those of the last round, never the best one. Per label: mean over seeds with "
     "a two-sided 95% Student t interval (n - 1 degrees of freedom), not cut off at 0 or 1; with "
@@ -27,13 +33,19 @@ METHOD = (
     "within each seed that both have, then mean, t interval and t test of these paired "
     "differences, because runs of one seed share data partition, initial weights and sampling. "
     "p values are two-sided; p_holm corrects them for the number of labels compared with the first "
-    "(Holm's step-down method, accuracy and loss each as one family; the CopRA pairs are families "
-    "of their own). The verdict is about accuracy: 'better' or 'worse' if p_holm < 0.05, which is "
+    "(Holm's step-down method, each measure as one family; the CopRA pairs are families of their "
+    "own). The verdict is about accuracy: 'better' or 'worse' if p_holm < 0.05, which is "
     "when the interval widened by Holm's correction leaves out zero; otherwise 'no difference "
     "shown', which is not the same as 'equal'. The printed interval is the uncorrected one, so it "
     "can leave out zero where the verdict does not. Differences that do not vary at all over the "
     "seeds leave a t test nothing to judge by: p is null unless they are all zero. A run without a "
-    "finite value leaves its label without a mean, rather than with a flattering one."
+    "finite value leaves its label without a mean, rather than with a flattering one. "
+    "Personalised methods have no single model: they stand only under 'own', a family apart, in "
+    "which every label is judged on rows weighted like each client's labels, mean over clients. "
+    "The area is that under the curve over rounds, by trapezoids from the start (round 0) to the "
+    "last round, divided by the number of rounds; a round that was not scored lies on the straight "
+    "line between its neighbours. Budgets are 25, 50 and 100% of the bytes, both ways, of the "
+    "method that sends least; counted is the last score known by then, with 1% of slack."
 )
 
 
@@ -41,33 +53,25 @@ def compare(records: Sequence[Record]) -> Comparison:
     """Return the comparison of the runs; the label of the first record is what others are held to.
 
     Labels keep the order of first appearance. Two records of one label and seed are a mistake:
-    a seed must count once, or the intervals would be too narrow.
+    a seed must count once, or the intervals would be too narrow. Under `own` every label stands
+    with the scores on its clients' own labels; all else leaves personalised labels out.
     """
     groups = by_label(records)
-    first, *others = groups
+    single = single_models(groups)
+    limits = byte_budgets(groups)
     return {
         "method": METHOD,
-        "rows": [_row(record) for record in records],
-        "summary": [_summary(label, members) for label, members in groups.items()],
-        "paired": _paired_family(
-            [
-                {"label": label, "against": first, **_paired(groups[label], groups[first])}
-                for label in others
-            ]
-        ),
-        "copra": _paired_family(
-            [
-                {
-                    "strategy": groups[on][0]["strategy"]["name"],
-                    "label": on,
-                    "against": off,
-                    **_paired(groups[on], groups[off]),
-                    "bytes": _paired_difference(groups[on], groups[off], total_bytes),
-                    "training_seconds": _paired_difference(groups[on], groups[off], training_time),
-                }
-                for on, off in copra_pairs(groups)
-            ]
-        ),
+        "rows": [_row(record, limits) for record in records],
+        "summary": [_summary(label, members) for label, members in single.items()],
+        "paired": _against_first(single, _SCORES),
+        "copra": _copra_family(single, _SCORES),
+        "own": {
+            "summary": [_own_summary(label, members) for label, members in groups.items()],
+            "paired": _against_first(groups, _OWN_SCORES),
+            "copra": _copra_family(personalised(groups), _OWN_SCORES),
+        },
+        "budgets": {"bytes": limits, "labels": at_budgets(groups, limits)},
+        "ledger": ledger(groups),
     }
 
 
@@ -85,6 +89,17 @@ def by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
             )
         members.append(record)
     return groups
+
+
+def personalised(groups: Groups) -> dict[str, Sequence[Record]]:
+    """Return the labels whose clients each have a model of their own, by the method's intent."""
+    return {k: members for k, members in groups.items() if members[0]["strategy"]["personalised"]}
+
+
+def single_models(groups: Groups) -> dict[str, Sequence[Record]]:
+    """Return the labels that are not personalised: methods with one model, and controls."""
+    apart = personalised(groups)
+    return {label: members for label, members in groups.items() if label not in apart}
 
 
 def methods_of(groups: Groups) -> dict[str, Sequence[Record]]:
@@ -127,13 +142,45 @@ def finite(value: Any) -> float | None:
 
 
 def accuracy(record: Record) -> float | None:
-    """Accuracy after the last round."""
+    """Accuracy after the last round; None where there is no single model."""
     return finite(record["final"]["accuracy"])
 
 
 def loss(record: Record) -> float | None:
     """Loss after the last round."""
     return finite(record["final"]["loss"])
+
+
+def own_accuracy(record: Record) -> float | None:
+    """Accuracy after the last round on clients' own labels, mean over clients."""
+    return finite(record["final"]["own_accuracy"])
+
+
+def own_loss(record: Record) -> float | None:
+    """Loss after the last round on clients' own labels, mean over clients."""
+    return finite(record["final"]["own_loss"])
+
+
+_SCORES: Mapping[str, Quantity] = {"accuracy": accuracy, "loss": loss}
+_OWN_SCORES: Mapping[str, Quantity] = {"own_accuracy": own_accuracy, "own_loss": own_loss}
+
+
+def curve(record: Record, quantity: str) -> list[tuple[int, float]]:
+    """Return (round, value) wherever the run was scored; round 0 is the start."""
+    scored = [(0, record["start"]), *((entry["round"], entry) for entry in record["rounds"])]
+    return [(n, value) for n, row in scored if (value := finite(row[quantity])) is not None]
+
+
+def area(record: Record, quantity: str) -> float | None:
+    """Area under the curve from the start to the last round, over the number of rounds.
+
+    None where either end has no value: what lies outside two scores is not known.
+    """
+    points = curve(record, quantity)
+    last = record["rounds"][-1]["round"] if record["rounds"] else 0
+    if not last or not points or (points[0][0], points[-1][0]) != (0, last):
+        return None
+    return math.fsum((b - a) * (v + w) / 2 for (a, v), (b, w) in pairwise(points)) / last
 
 
 def bytes_up(record: Record) -> float | None:
@@ -151,9 +198,23 @@ def total_bytes(record: Record) -> float | None:
     return _total((bytes_up(record), bytes_down(record)))
 
 
+def sent_by(record: Record) -> dict[int, float]:
+    """Return {round: bytes in both directions up to its end}; round 0 is the start."""
+    sent = {0: 0.0}
+    for entry in record["rounds"]:
+        both = math.fsum(entry["bytes"][direction]["total"] for direction in DIRECTIONS)
+        sent[entry["round"]] = sent[max(sent)] + both
+    return sent
+
+
 def training_time(record: Record) -> float | None:
     """Seconds of local training, summed over clients and rounds."""
     return _total(entry["seconds"]["training"] for entry in record["rounds"])
+
+
+def wall_time(record: Record) -> float | None:
+    """Seconds of the server's clock, summed over rounds."""
+    return _total(entry["seconds"]["wall"] for entry in record["rounds"])
 
 
 def last_aggregation_error(record: Record) -> float | None:
@@ -167,16 +228,24 @@ def _total(values: Any) -> float | None:
     return math.fsum(known) if len(known) == len(numbers) else None
 
 
-def _row(record: Record) -> dict[str, Any]:
+def _row(record: Record, limits: Sequence[float]) -> dict[str, Any]:
     return {
         "label": record["label"],
         "strategy": record["strategy"]["name"],
         "seed": record["seed"],
         "accuracy": accuracy(record),
         "loss": loss(record),
+        "area": area(record, "accuracy"),
+        "own_accuracy": own_accuracy(record),
+        "own_loss": own_loss(record),
+        "own_area": area(record, "own_accuracy"),
+        "accuracy_at_budgets": None
+        if record["strategy"]["control"]
+        else [accuracy_within(record, limit) for limit in limits],
         "bytes_up": bytes_up(record),
         "bytes_down": bytes_down(record),
         "training_seconds": training_time(record),
+        "wall_seconds": wall_time(record),
         "digest": record["digest"],
     }
 
@@ -188,17 +257,145 @@ def _summary(label: str, members: Sequence[Record]) -> dict[str, Any]:
         for task in tasks
     }
     return {
-        "label": label,
-        "strategy": members[0]["strategy"]["name"],
-        "control": bool(members[0]["strategy"]["control"]),
-        "seeds": [member["seed"] for member in members],
-        "accuracy": interval_over_seeds([accuracy(member) for member in members]),
-        "loss": interval_over_seeds([loss(member) for member in members]),
-        "bytes_up": _mean([bytes_up(member) for member in members]),
-        "bytes_down": _mean([bytes_down(member) for member in members]),
-        "aggregation_error": _mean([last_aggregation_error(member) for member in members]),
+        **_who(label, members),
+        "accuracy": _interval(members, accuracy),
+        "loss": _interval(members, loss),
+        "area": interval_over_seeds([area(member, "accuracy") for member in members]),
+        **_costs(members),
+        "aggregation_error": _interval(members, last_aggregation_error)["mean"],
         **({"tasks": per_task} if per_task else {}),
     }
+
+
+def _own_summary(label: str, members: Sequence[Record]) -> dict[str, Any]:
+    return {
+        **_who(label, members),
+        "personalised": bool(members[0]["strategy"]["personalised"]),
+        "own_accuracy": _interval(members, own_accuracy),
+        "own_loss": _interval(members, own_loss),
+        "own_area": interval_over_seeds([area(member, "own_accuracy") for member in members]),
+        **_costs(members),
+    }
+
+
+def _who(label: str, members: Sequence[Record]) -> dict[str, Any]:
+    strategy = members[0]["strategy"]
+    return {
+        "label": label,
+        "strategy": strategy["name"],
+        "control": bool(strategy["control"]),
+        "seeds": [member["seed"] for member in members],
+    }
+
+
+def _costs(members: Sequence[Record]) -> dict[str, float | None]:
+    quantities = {
+        "bytes_up": bytes_up,
+        "bytes_down": bytes_down,
+        "training_seconds": training_time,
+        "wall_seconds": wall_time,
+    }
+    return {name: _interval(members, quantity)["mean"] for name, quantity in quantities.items()}
+
+
+# What travelled, and what accuracy it bought.
+
+
+def byte_budgets(groups: Groups) -> list[float]:
+    """Return shares of the bytes, both ways, of the single-model method that sends least.
+
+    Its dearest seed counts, so that all of its seeds fit; none where no method sends anything.
+    """
+    totals = [
+        max(max(sent_by(record).values()) for record in members)
+        for members in methods_of(single_models(groups)).values()
+    ]
+    sending = [total for total in totals if total > 0]
+    return [share * min(sending) for share in BUDGETS] if sending else []
+
+
+def accuracy_within(record: Record, limit: float) -> float | None:
+    """Return the last accuracy known by the time that `limit` bytes have travelled.
+
+    None where the run ends without an accuracy: what it had before would flatter it.
+    """
+    if accuracy(record) is None:
+        return None
+    sent = sent_by(record)
+    known = [v for n, v in curve(record, "accuracy") if sent[n] <= limit * (1 + SLACK)]
+    return known[-1] if known else None
+
+
+def at_budgets(groups: Groups, limits: Sequence[float]) -> list[dict[str, Any]]:
+    """Return each single-model method's accuracy at each budget, and the bytes of its whole run."""
+    return [
+        {
+            "label": label,
+            "accuracy": [
+                interval_over_seeds([accuracy_within(record, limit) for record in members])
+                for limit in limits
+            ],
+            "bytes": _interval(members, total_bytes)["mean"],
+        }
+        for label, members in methods_of(single_models(groups)).items()
+    ]
+
+
+def ledger(groups: Groups) -> list[dict[str, Any]]:
+    """Return what travelled, by label and direction: bytes per client and round, mean over seeds.
+
+    `kinds` are the numbers themselves; `protocol` is all the rest of the messages. `least` and
+    `most` are the clients with the smallest and the largest mean a round. `evaluation` is what
+    asking clients for scores of their own models took in the whole run, counted nowhere else.
+    """
+    return [
+        {
+            "label": label,
+            "control": bool(members[0]["strategy"]["control"]),
+            **{direction: _traffic(members, direction) for direction in DIRECTIONS},
+            "evaluation": math.fsum(
+                entry["bytes"].get("evaluation", {}).get("total", 0)
+                for record in members
+                for entry in record["rounds"]
+            )
+            / len(members),
+        }
+        for label, members in groups.items()
+    ]
+
+
+def _traffic(members: Sequence[Record], direction: str) -> dict[str, Any]:
+    by_record = [_per_client_and_round(record, direction) for record in members]
+    kinds = list(dict.fromkeys(kind for sums, _ in by_record for kind in sums))
+    mean = {
+        kind: math.fsum(s.get(kind, 0.0) for s, _ in by_record) / len(members) for kind in kinds
+    }
+    clients = [value for _, values in by_record for value in values]
+    return {
+        "kinds": {k: value for k, value in mean.items() if k not in ("protocol", "total")},
+        "protocol": mean.get("protocol", 0.0),
+        "total": mean.get("total", 0.0),
+        "least": min(clients, default=0.0),
+        "most": max(clients, default=0.0),
+    }
+
+
+def _per_client_and_round(record: Record, direction: str) -> tuple[dict[str, float], list[float]]:
+    """Return the mean bytes by kind of a client in a round, and the mean total of each client."""
+    sums: dict[str, float] = {}
+    totals: dict[int, list[float]] = {}
+    for entry in record["rounds"]:
+        for kind, count in entry["bytes"][direction].items():
+            sums[kind] = sums.get(kind, 0.0) + count
+        for client in entry["clients"]:
+            # A client that never answered has sent nothing.
+            spent = client["bytes"].get(direction, {}).get("total", 0)
+            totals.setdefault(client["client"], []).append(spent)
+    asked = sum(map(len, totals.values()))
+    return (
+        {kind: total / asked for kind, total in sums.items()} if asked else {},
+        [math.fsum(values) / len(values) for values in totals.values()],
+    )
 
 
 # Statistics.
@@ -239,16 +436,46 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    return interval_over_seeds(values)["mean"]
+def _interval(members: Sequence[Record], quantity: Quantity) -> dict[str, float | None]:
+    return interval_over_seeds([quantity(member) for member in members])
 
 
-def _paired(members: Sequence[Record], against: Sequence[Record]) -> dict[str, Any]:
+def _against_first(groups: Groups, measures: Mapping[str, Quantity]) -> list[dict[str, Any]]:
+    """Hold every label to the first one; the verdict is about the first measure."""
+    first, *others = list(groups) or [""]
+    return _paired_family(
+        [
+            {"label": label, "against": first, **_paired(groups[label], groups[first], measures)}
+            for label in others
+        ],
+        measures,
+    )
+
+
+def _copra_family(groups: Groups, measures: Mapping[str, Quantity]) -> list[dict[str, Any]]:
+    return _paired_family(
+        [
+            {
+                "strategy": groups[on][0]["strategy"]["name"],
+                "label": on,
+                "against": off,
+                **_paired(groups[on], groups[off], measures),
+                "bytes": _paired_difference(groups[on], groups[off], total_bytes),
+                "training_seconds": _paired_difference(groups[on], groups[off], training_time),
+            }
+            for on, off in copra_pairs(groups)
+        ],
+        measures,
+    )
+
+
+def _paired(
+    members: Sequence[Record], against: Sequence[Record], measures: Mapping[str, Quantity]
+) -> dict[str, Any]:
     reference = {record["seed"] for record in against}
     return {
         "seeds": [record["seed"] for record in members if record["seed"] in reference],
-        "accuracy": _paired_difference(members, against, accuracy),
-        "loss": _paired_difference(members, against, loss),
+        **{name: _paired_difference(members, against, of) for name, of in measures.items()},
     }
 
 
@@ -283,21 +510,23 @@ def _t_test(differences: Mapping[str, float | None], count: int) -> float | None
     return float(2 * stats.t.sf(abs(mean) / (sd / math.sqrt(count)), count - 1))
 
 
-def _paired_family(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add Holm's p values over all the pairs, and what accuracy lets one say of each."""
-    for name in ("accuracy", "loss"):
+def _paired_family(
+    pairs: list[dict[str, Any]], measures: Mapping[str, Quantity]
+) -> list[dict[str, Any]]:
+    """Add Holm's p values over all the pairs, and what the first measure lets one say of each."""
+    for name in measures:
         for pair, adjusted in zip(pairs, holm([p[name]["p"] for p in pairs]), strict=True):
             pair[name]["p_holm"] = adjusted
-    return [{**pair, "verdict": _verdict(pair)} for pair in pairs]
+    judged = next(iter(measures))
+    return [{**pair, "verdict": _verdict(pair["seeds"], pair[judged])} for pair in pairs]
 
 
-def _verdict(pair: Mapping[str, Any]) -> str:
-    difference = pair["accuracy"]
-    if not pair["seeds"]:
+def _verdict(seeds: Sequence[int], difference: Mapping[str, Any]) -> str:
+    if not seeds:
         return "no seed in common"
     if difference["mean"] is None:
         return "cannot tell: a run has no finite accuracy"
-    if len(pair["seeds"]) == 1:
+    if len(seeds) == 1:
         return "one seed cannot tell"
     if difference["p_holm"] is None:
         return "cannot tell: the same difference in every seed"

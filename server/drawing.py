@@ -15,6 +15,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from numpy.typing import NDArray
 
 from server.comparison import Groups
 
@@ -33,6 +36,9 @@ PALETTE = (
 )
 DASHES = ((), (5.0, 2.0), (1.5, 1.5), (7.0, 2.0, 1.5, 2.0))
 MARKERS = "os^DvPX*"
+SHADES = 16
+
+Cells = NDArray[np.float64]
 
 # Stand-ins that matplotlib draws with; `_inline` turns each into its CSS variable.
 SERIES = tuple(f"#00{number:02x}fe" for number in range(len(PALETTE)))
@@ -141,11 +147,16 @@ def marks(groups: Groups) -> dict[str, Mark]:
     return chosen
 
 
-def draw(name: str, title: str, paint: Callable[[Axes], None], *, height: float = 2.9) -> Markup:
-    """Let `paint` fill a figure of the common width, and return it as inline SVG."""
+def draw(
+    name: str, title: str, paint: Callable[..., None], *, height: float = 2.9, columns: int = 1
+) -> Markup:
+    """Let `paint` fill a figure of the common width, and return it as inline SVG.
+
+    `paint` gets as many axes as there are columns; they share what is on their vertical axes.
+    """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
-        paint(figure.add_subplot())
+        paint(*figure.subplots(1, columns, squeeze=False, sharey=True)[0])
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)
@@ -191,6 +202,32 @@ def paint_lines(axes: Axes, lines: Iterable[Line], *, floor: float = -math.inf) 
             # Staggered, so that markers of lines that coincide do not hide each other.
             markevery=(number % every, every),
         )
+
+
+def paint_cells(axes: Axes, shares: Cells, ink: str) -> None:
+    """Draw a matrix of shares, 0 to 1, as cells: the larger, the stronger; 0 is left blank.
+
+    One compound path for each shade: thousands of cells stay a few elements.
+    """
+    shades = np.ceil(SHADES * shares)
+    for shade in range(1, SHADES + 1):
+        rows, columns = np.nonzero(shades == shade)
+        if not len(rows):
+            continue
+        corners = np.array([[0.04, 0.06], [0.96, 0.06], [0.96, 0.94], [0.04, 0.94]]) - 0.5
+        cells = np.stack([columns, rows], axis=1)[:, None, :] + corners
+        outline = Path.make_compound_path_from_polys(cells)
+        axes.add_patch(
+            PathPatch(outline, facecolor=ink, alpha=opacity(shade / SHADES), linewidth=0)
+        )
+    axes.set_xlim(-0.5, shares.shape[1] - 0.5)
+    axes.set_ylim(shares.shape[0] - 0.5, -0.5)
+    axes.grid(False)
+
+
+def opacity(share: float) -> float:
+    """Let the least share still differ from nothing, on a light card and on a dark one."""
+    return 0.14 + 0.86 * share
 
 
 def square(ink: str, opacity: float = 1.0) -> Markup:

@@ -33,12 +33,17 @@ def describe_environment(device: str) -> dict[str, Any]:
     """Return versions, platform and git state, for the record."""
     return {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _RECORDED},
+        "versions": installed_versions(),
         "git": _git_state(Path(__file__).parent),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "device": device,
     }
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the versions of the libraries that a run's numbers may depend on."""
+    return {name: _version(name) for name in _RECORDED}
 
 
 def _version(package: str) -> str | None:

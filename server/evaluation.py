@@ -103,8 +103,8 @@ class Evaluator:
             return self._probe_rows[key]
 
     def _rows(self, task: LabelledTask, split: Split) -> _Rows:
-        features = extract_features(self.model.backbone, task.kind, split)
-        return _Rows(task, shortest_first(features))
+        features = extract_features(self.model.backbone.preprocessor, split)
+        return _Rows(task, self.model.past_stem(shortest_first(features)))
 
     def _losses(self, model: Served, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return the loss of every row and whether it is classified rightly, both (n,)."""

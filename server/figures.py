@@ -7,22 +7,61 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from server.comparison import Groups, Record, finite, methods_of
-from server.drawing import SERIES, SURFACE, Line, Mark, draw, marks, paint_lines, square
-from server.findings import EXACT, climb, exactness, price, skew, standing, time_spent
+from server.comparison import (
+    BUDGETS,
+    Groups,
+    Record,
+    at_budgets,
+    byte_budgets,
+    curve,
+    finite,
+    methods_of,
+    personalised,
+    sent_by,
+    single_models,
+)
+from server.drawing import (
+    MUTED,
+    SERIES,
+    SURFACE,
+    Cells,
+    Line,
+    Mark,
+    draw,
+    marks,
+    opacity,
+    paint_cells,
+    paint_lines,
+    square,
+)
+from server.findings import (
+    EXACT,
+    climb,
+    exactness,
+    own_standing,
+    price,
+    skew,
+    standing,
+    time_spent,
+    within_budgets,
+    worth_of_exactness,
+)
 from server.wording import (
     amount_of_bytes,
     count_of,
     duration,
+    interval,
     is_or_are,
+    percent,
     power_of_ten,
     range_of,
+    relative_error,
+    rough_percent,
+    short_names,
     shortened,
     spoken,
 )
@@ -50,16 +89,19 @@ class Panel:
     legend: Sequence[Key] = ()
     columns: Sequence[str] = ()
     numbers: Sequence[Sequence[str]] = ()
+    numbers_shown: bool = False
 
 
 def panels(groups: Groups) -> list[Panel]:
     """Return the report's figures, in its order."""
     chosen = marks(groups)
+    single = single_models(groups)
     return [
-        accuracy_by_round(groups, chosen),
-        accuracy_by_bytes(groups, chosen),
+        *([accuracy_by_round(single, chosen), accuracy_by_bytes(single, chosen)] if single else []),
+        *([own_accuracy_by_round(groups, chosen)] if personalised(groups) else []),
         examples_by_client(groups),
         aggregation_error_by_round(groups, chosen),
+        aggregation_error_by_layer(groups),
         seconds_by_part(groups),
     ]
 
@@ -68,25 +110,44 @@ def panels(groups: Groups) -> list[Panel]:
 
 
 def accuracy_by_round(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
-    """Draw accuracy over rounds, the start included, for every label."""
+    """Draw accuracy over rounds, the start included, for every label with a single model."""
     metric = _metric(groups)
-    lines = [_accuracy_line(label, members, chosen[label]) for label, members in groups.items()]
-
-    def paint(axes: Axes) -> None:
-        paint_lines(axes, lines)
-        axes.set(xlabel="round", ylabel=metric)
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-
+    lines = _curves(groups, chosen, "accuracy")
     return Panel(
         name="accuracy-by-round",
         heading=f"How does {metric} grow with the rounds?",
         shows=f"{metric.capitalize()} on the server's held-out examples before training (round 0) "
-        f"and after each round. {_spread_note(groups)}",
+        f"and after each round that was scored. {_spread_note(groups)}",
         conclusion=f"{standing(groups)} {climb(lines)}",
-        drawing=draw("accuracy-by-round", f"{metric.capitalize()} by round", paint),
+        drawing=_drawn_by_round("accuracy-by-round", metric, lines),
         legend=_legend(groups, chosen),
     )
+
+
+def own_accuracy_by_round(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
+    """Draw accuracy on clients' own labels over rounds, for every label."""
+    metric = _metric(groups)
+    lines = _curves(groups, chosen, "own_accuracy")
+    return Panel(
+        name="own-accuracy-by-round",
+        heading=f"How does {metric} on clients' own labels grow?",
+        shows=f"{metric.capitalize()} of the model that each client has, on held-out examples "
+        "weighted like the client's own labels, mean over all clients. With one model for all, it "
+        f"is that model which every client has. {_spread_note(groups)}",
+        conclusion=f"{own_standing(groups)} {climb(lines)}",
+        drawing=_drawn_by_round("own-accuracy-by-round", f"own {metric}", lines),
+        legend=_legend(groups, chosen),
+    )
+
+
+def _drawn_by_round(name: str, quantity: str, lines: Sequence[Line]) -> Markup:
+    def paint(axes: Axes) -> None:
+        paint_lines(axes, lines)
+        axes.set(xlabel="round", ylabel=quantity)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+
+    return draw(name, f"{quantity.capitalize()} by round", paint)
 
 
 def accuracy_by_bytes(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
@@ -99,9 +160,13 @@ def accuracy_by_bytes(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
         if (line := _bytes_line(label, members, chosen[label])) is not None
     ]
     totals = [line.x[-1] for line in lines if line.x[-1] > 0]
-    logarithmic = bool(totals) and max(totals) > 8 * min(totals)
+    logarithmic = bool(totals) and max(totals) > 20 * min(totals)
+    limits = byte_budgets(groups)
+    bought = at_budgets(groups, limits)
 
     def paint(axes: Axes) -> None:
+        for limit in limits:
+            axes.axvline(limit, color=MUTED, linewidth=0.8, dashes=(2, 3))
         paint_lines(axes, lines)
         if logarithmic:
             axes.set_xscale("log")
@@ -122,17 +187,38 @@ def accuracy_by_bytes(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
     )
     scale = " The byte axis is logarithmic, so the start is off it." if logarithmic else ""
     drawable = any(line.x[-1] > 0 for line in lines)
+    shares = spoken([percent(share, 0) for share in BUDGETS])
     return Panel(
         name="accuracy-by-bytes",
         heading=f"What does {metric} cost in traffic?",
         shows=f"The same {metric}, over the bytes that all clients together have sent and received "
-        f"by then{_averaged(groups)}.{scale}{controls}",
-        conclusion=price(lines) if drawable else "No federated method sent anything.",
+        f"by then{_averaged(groups)}. Upright lines: {shares} of what the method that sends least "
+        f"needs in all; the table has the last score known by then.{scale}{controls}",
+        conclusion=f"{price(lines)} {within_budgets(bought, limits)}"
+        if drawable
+        else "No federated method sent anything.",
         drawing=draw("accuracy-by-bytes", f"{metric.capitalize()} by bytes sent", paint)
         if drawable
         else "",
         legend=_legend(methods, chosen) if drawable else (),
+        columns=("Method", *(f"by {amount_of_bytes(limit)}" for limit in limits), "in all"),
+        numbers=[
+            [
+                row["label"],
+                *(_with_interval(value) for value in row["accuracy"]),
+                amount_of_bytes(row["bytes"]),
+            ]
+            for row in bought
+            if limits
+        ],
+        numbers_shown=True,
     )
+
+
+def _with_interval(value: Mapping[str, float | None]) -> Markup:
+    bounds = interval(value, percent)
+    small = Markup("<small>{}</small>").format(bounds) if bounds else ""
+    return escape(percent(value["mean"])) + small
 
 
 def examples_by_client(groups: Groups) -> Panel:
@@ -156,25 +242,7 @@ def _label_shares(groups: Groups, record: Record) -> Panel:
     long_names = max(len(str(name)) for name in names) > 3
 
     def paint(axes: Axes) -> None:
-        # One compound path for each shade: thousands of cells stay a few elements.
-        shades = np.ceil(16 * counts / largest)
-        for shade in range(1, 17):
-            rows, columns = np.nonzero(shades == shade)
-            if not len(rows):
-                continue
-            corners = np.array([[0.04, 0.06], [0.96, 0.06], [0.96, 0.94], [0.04, 0.94]]) - 0.5
-            cells = np.stack([columns, rows], axis=1)[:, None, :] + corners
-            axes.add_patch(
-                PathPatch(
-                    Path.make_compound_path_from_polys(cells),
-                    facecolor=SERIES[0],
-                    alpha=_opacity(shade / 16),
-                    linewidth=0,
-                )
-            )
-        axes.set_xlim(-0.5, counts.shape[1] - 0.5)
-        axes.set_ylim(len(clients) - 0.5, -0.5)
-        axes.grid(False)
+        paint_cells(axes, counts / largest, SERIES[0])
         axes.set(xlabel="label" if named else f"label, 0 to {len(names) - 1}", ylabel="client")
         _client_ticks(axes.yaxis, clients, room=16)
         if named:
@@ -196,15 +264,10 @@ def _label_shares(groups: Groups, record: Record) -> Panel:
             height=min(6.0, 1.1 + 0.2 * max(len(clients), 6) + 0.5 * (named and long_names)),
         ),
         legend=[
-            Key(f"{math.ceil(share * largest)} examples", square(SERIES[0], _opacity(share)))
+            Key(f"{math.ceil(share * largest)} examples", square(SERIES[0], opacity(share)))
             for share in (0.125, 0.5, 1.0)
         ],
     )
-
-
-def _opacity(share: float) -> float:
-    """Let the least share still differ from nothing, on a light card and on a dark one."""
-    return 0.14 + 0.86 * share
 
 
 def _examples_by_task(groups: Groups, record: Record) -> Panel:
@@ -288,6 +351,122 @@ def aggregation_error_by_round(groups: Groups, chosen: Mapping[str, Mark]) -> Pa
     )
 
 
+@dataclass(frozen=True)
+class Layers:
+    """What a label's rounds measured in each module, means over seeds: (modules, rounds)."""
+
+    modules: Sequence[str]
+    rounds: Sequence[int]
+    error: Cells
+    covariance: Cells
+
+
+def aggregation_error_by_layer(groups: Groups) -> Panel:
+    """Draw round by module what one label's merge misses, and what averaging factors would."""
+    measured = {label: found for label, rows in groups.items() if (found := _layers(rows))}
+    heading = "In which layers would averaging the factors go wrong?"
+    if not measured:
+        return Panel(
+            "aggregation-error-by-layer", heading, "", "No run here measured errors by layer."
+        )
+    inexact = [label for label, found in measured.items() if found.error.max() > EXACT]
+    label = (inexact or list(measured))[0]
+    found = measured[label]
+    # A method that averages the factors has their covariance for its error.
+    same = np.allclose(found.error, found.covariance, rtol=1e-3, atol=EXACT)
+    maps = {"factor covariance": found.covariance}
+    if label in inexact and not same:
+        maps = {"aggregation error": found.error, **maps}
+    largest = max(float(cells.max()) for cells in maps.values()) or 1.0
+    names = [shortened(name, 15) for name in short_names(found.modules)]
+    step = math.ceil(len(names) / 24)
+
+    def paint(*all_axes: Axes) -> None:
+        for axes, (title, cells) in zip(all_axes, maps.items(), strict=True):
+            paint_cells(axes, cells / largest, SERIES[0])
+            axes.set(xlabel="round")
+            axes.set_title(title, fontsize=11, loc="left")
+            ticks = range(0, len(found.rounds), math.ceil(len(found.rounds) / 6))
+            axes.set_xticks(ticks, [str(found.rounds[tick]) for tick in ticks])
+        all_axes[0].set_yticks(range(0, len(names), step), names[::step])
+
+    words = {
+        "aggregation error": "what the served update misses of the exact mean",
+        "factor covariance": "what averaging A and B apart would have missed on the same updates",
+    }
+    drawn = "; ".join(f"{title}: {words[title]}" for title in maps)
+    twin = " Its error is this covariance, because it averages the factors." if same else ""
+    return Panel(
+        name="aggregation-error-by-layer",
+        heading=heading,
+        shows=f"{label}, by module (rows) and round (columns){_averaged(groups)}. "
+        f"{drawn[0].upper()}{drawn[1:]}; relative to the exact mean of that module.{twin}",
+        conclusion=worth_of_exactness(
+            {name: layers.covariance for name, layers in measured.items()},
+            {name: short_names(layers.modules) for name, layers in measured.items()},
+            _last_covariance(groups, list(measured)),
+        ),
+        drawing=draw(
+            "aggregation-error-by-layer",
+            f"{' and '.join(maps).capitalize()} by module and round",
+            paint,
+            height=min(6.0, 1.2 + 0.2 * max(len(names), 6)),
+            columns=len(maps),
+        ),
+        legend=[
+            Key(rough_percent(share * largest), square(SERIES[0], opacity(share)))
+            for share in (0.125, 0.5, 1.0)
+        ],
+        columns=("Method, module", "Error, first", "last", "Covariance, first", "last"),
+        numbers=[
+            [
+                f"{name} · {module}",
+                *(
+                    relative_error(float(value))
+                    for cells in (layers.error, layers.covariance)
+                    for value in (cells[row, 0], cells[row, -1])
+                ),
+            ]
+            for name, layers in measured.items()
+            for row, module in enumerate(short_names(layers.modules))
+        ],
+    )
+
+
+def _layers(members: Sequence[Record]) -> Layers | None:
+    """Return the rounds and modules in which every seed measured something."""
+    by_seed = [
+        {entry["round"]: entry["modules"] for entry in record["rounds"] if entry.get("modules")}
+        for record in members
+    ]
+    rounds = [n for n in by_seed[0] if all(n in seed for seed in by_seed)]
+    every = [seed[n] for seed in by_seed for n in rounds]
+    modules = [m for m in (every[0] if every else ()) if all(_is_measured(e.get(m)) for e in every)]
+    if not modules:
+        return None
+
+    def means(quantity: str) -> Cells:
+        return np.array(
+            [[fmean(seed[n][m][quantity] for seed in by_seed) for n in rounds] for m in modules]
+        )
+
+    return Layers(modules, rounds, means("aggregation_error"), means("factor_covariance"))
+
+
+def _is_measured(module: Mapping[str, Any] | None) -> bool:
+    return module is not None and None not in map(finite, module.values())
+
+
+def _last_covariance(groups: Groups, labels: Sequence[str]) -> dict[str, float]:
+    """Return the factor covariance over all modules in the last round that measured it."""
+    found = {}
+    for label in labels:
+        by_round = _over_rounds(groups[label], "factor_covariance")
+        if by_round:
+            found[label] = fmean(by_round[max(by_round)])
+    return found
+
+
 # Part of a round, its ink and its opacity; what the server does, bottom of each pair of bars.
 SERVER_PARTS = {
     "waiting": ("waiting for clients", SERIES[0], 0.3),
@@ -312,10 +491,10 @@ def seconds_by_part(groups: Groups) -> Panel:
             name.set_in_layout(False)
             axes.barh(row - 0.16, spent["training"], 0.26, color=TRAINING[1])
             left = 0.0
-            for part, (_, ink, opacity) in SERVER_PARTS.items():
+            for part, (_, ink, share) in SERVER_PARTS.items():
                 # A faint colour lies on the card, not on the grid.
                 axes.barh(row + 0.14, spent[part], 0.26, left=left, color=SURFACE)
-                axes.barh(row + 0.14, spent[part], 0.26, left=left, color=ink, alpha=opacity)
+                axes.barh(row + 0.14, spent[part], 0.26, left=left, color=ink, alpha=share)
                 left += spent[part]
         axes.set_ylim(len(seconds) - 0.6, -0.75)
         axes.set_yticks([])
@@ -339,7 +518,7 @@ def seconds_by_part(groups: Groups) -> Panel:
         )
         if seconds
         else "",
-        legend=[Key(name, square(ink, opacity)) for name, ink, opacity in legend],
+        legend=[Key(name, square(ink, share)) for name, ink, share in legend],
         columns=("Method", "Training", "Waiting", "Evaluation", "Merge", "Round, wall"),
         numbers=[
             [label, *(duration(spent[part]) for part in parts)] for label, spent in seconds.items()
@@ -381,29 +560,27 @@ def _over_rounds(members: Sequence[Record], quantity: str) -> dict[int, list[flo
     return {key: row for key, row in sorted(values.items()) if len(row) == len(members)}
 
 
-def _accuracy_line(label: str, members: Sequence[Record], mark: Mark) -> Line:
+def _curves(groups: Groups, chosen: Mapping[str, Mark], quantity: str) -> list[Line]:
+    return [_curve(label, rows, chosen[label], quantity) for label, rows in groups.items()]
+
+
+def _curve(label: str, members: Sequence[Record], mark: Mark, quantity: str) -> Line:
+    """Return the line through the rounds, from the start on, that were scored in every seed."""
     line = Line(label, mark)
-    starts = [value for r in members if (value := finite(r["start"]["accuracy"])) is not None]
-    if len(starts) == len(members):
-        line.add(0, starts)
-    for number, values in _over_rounds(members, "accuracy").items():
-        line.add(number, values)
+    curves = [dict(curve(record, quantity)) for record in members]
+    for number in curves[0]:
+        if all(number in values for values in curves):
+            line.add(number, [values[number] for values in curves])
     return line
 
 
 def _bytes_line(label: str, members: Sequence[Record], mark: Mark) -> Line | None:
     """Return accuracy over the mean of the bytes sent up to each round; None without any point."""
-    sent: dict[int, list[float]] = {0: [0.0] * len(members)}
-    for record in members:
-        so_far = 0.0
-        for entry in record["rounds"]:
-            for direction in ("up", "down"):
-                so_far += finite(entry["bytes"][direction]["total"]) or 0.0
-            sent.setdefault(entry["round"], []).append(so_far)
-    over_rounds = _accuracy_line(label, members, mark)
+    sent = [sent_by(record) for record in members]
+    over_rounds = _curve(label, members, mark, "accuracy")
     if not over_rounds.x:
         return None
-    over_rounds.x = [fmean(sent[int(number)]) for number in over_rounds.x]
+    over_rounds.x = [fmean(by_round[int(n)] for by_round in sent) for n in over_rounds.x]
     return over_rounds
 
 

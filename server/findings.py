@@ -7,8 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from server.comparison import Comparison, Groups, accuracy, finite, methods_of
-from server.drawing import Line
+from server.comparison import (
+    DIRECTIONS,
+    Comparison,
+    Groups,
+    Quantity,
+    accuracy,
+    finite,
+    methods_of,
+    own_accuracy,
+    personalised,
+    single_models,
+)
+from server.drawing import Cells, Line
 from server.wording import (
     amount_of_bytes,
     duration,
@@ -19,6 +30,7 @@ from server.wording import (
     spoken,
 )
 
+LITTLE = 0.01
 EXACT = 1e-5  # float32 arithmetic over a few hundred layers stays below it
 
 
@@ -29,14 +41,17 @@ def headline(groups: Groups, comparison: Comparison) -> list[str]:
     methods = [row for row in summary if not row["control"]]
     controls = [row for row in summary if row["control"]]
     said = []
+    metric = str(first["task"].get("metric") or "accuracy")
     if methods:
-        said += _best_of(methods, comparison, str(first["task"].get("metric") or "accuracy"))
-        said += _rivals(groups)
+        said += _best_of(methods, comparison, metric)
+        said += _rivals(single_models(groups))
+    said += _own_ends(groups, comparison, metric)
     if controls:
         values = [f"{row['label']} {percent(row['accuracy']['mean'])}" for row in controls]
         noun = "Control, no federated method" if len(controls) == 1 else "Controls, no federated "
         said.append(f"{noun}{'' if len(controls) == 1 else 'methods'}: {spoken(values)}.")
-    if failed := [label for label in groups if label not in {row["label"] for row in summary}]:
+    known = {row["label"] for row in summary} | _ends(personalised(groups), own_accuracy).keys()
+    if failed := [label for label in groups if label not in known]:
         said.append(f"No finite final value in every seed: {spoken(failed)}.")
     return said
 
@@ -73,6 +88,21 @@ def _best_of(
     return [lead, support]
 
 
+def _own_ends(groups: Groups, comparison: Comparison, metric: str) -> list[str]:
+    """Say how personalised methods end, on the only measure that they have."""
+    ends = _ends(personalised(groups), own_accuracy)
+    pairs = {pair["label"]: pair for pair in comparison["own"]["paired"]}
+    said = []
+    for label, values in ends.items():
+        end = f"{label}, personalised, ends at {percent(fmean(values))} {metric} on clients' own "
+        against = ""
+        if label in pairs:
+            difference = difference_and_verdict(pairs[label], "own_accuracy")
+            against = f" Against {pairs[label]['against']}, judged alike, it is {difference}."
+        said.append(f"{end}labels.{against}")
+    return said
+
+
 def _rivals(groups: Groups) -> list[str]:
     """Name the methods that the seeds do not set apart from the best one."""
     ends = _ends(methods_of(groups))
@@ -84,9 +114,9 @@ def _rivals(groups: Groups) -> list[str]:
     return [f"Its seeds and those of {names} overlap, so which of them is best is not settled."]
 
 
-def difference_and_verdict(pair: Mapping[str, Any]) -> str:
+def difference_and_verdict(pair: Mapping[str, Any], measure: str = "accuracy") -> str:
     """Say what a paired difference in accuracy is, and whether the seeds support it."""
-    difference = pair["accuracy"]
+    difference = pair[measure]
     if difference["mean"] is None:
         return f"unknown ({pair['verdict']})"
     bounds = interval(difference, lambda value: points(value, unit=False))
@@ -107,12 +137,16 @@ def copra_effects(comparison: Comparison) -> list[str]:
     return [
         f"With CopRA, the accuracy of {pair['strategy']} changes by {difference_and_verdict(pair)}."
         for pair in comparison["copra"]
+    ] + [
+        f"With CopRA, the accuracy of {pair['strategy']} on clients' own labels changes by "
+        f"{difference_and_verdict(pair, 'own_accuracy')}."
+        for pair in comparison["own"]["copra"]
     ]
 
 
-def _ends(groups: Groups) -> dict[str, list[float]]:
+def _ends(groups: Groups, quantity: Quantity = accuracy) -> dict[str, list[float]]:
     """Return the final accuracies of the labels of which every seed has one."""
-    ends = {label: [accuracy(record) for record in members] for label, members in groups.items()}
+    ends = {label: [quantity(record) for record in members] for label, members in groups.items()}
     return {
         label: [value for value in values if value is not None]
         for label, values in ends.items()
@@ -154,16 +188,50 @@ def standing(groups: Groups) -> str:
     return " ".join(said)
 
 
+def own_standing(groups: Groups) -> str:
+    """Say who ends where on clients' own labels: personalised methods, single models, controls."""
+    ends = _ends(groups, own_accuracy)
+    if not ends:
+        return "No label ended with a finite value in every seed."
+    apart = personalised(groups)
+    kinds = {
+        "personalised": [label for label in ends if label in apart],
+        "with one model for all": [k for k in methods_of(groups) if k in ends and k not in apart],
+        "among the controls": [k for k in ends if k not in methods_of(groups)],
+    }
+    best = {
+        kind: max(labels, key=lambda label: fmean(ends[label]))
+        for kind, labels in kinds.items()
+        if labels
+    }
+    # The first two kinds there are stand against each other.
+    rivals = sorted(list(best.values())[:2], key=lambda label: -fmean(ends[label]))
+    order = sorted(best, key=lambda kind: -fmean(ends[best[kind]]))
+    named = [f"{best[kind]} {kind}, {percent(fmean(ends[best[kind]]))}" for kind in order]
+    highest = "Best on clients' own labels" if len(order) == 1 else "Best of each kind"
+    said = f"{highest}: {'; '.join(named)}."
+    if len(order) < 2:
+        return said
+    one, other = rivals
+    if min(len(ends[one]), len(ends[other])) < 2:
+        return f"{said} With one seed there is no seed spread to hold this against."
+    if max(ends[other]) >= min(ends[one]):
+        return f"{said} The seeds of {one} and {other} overlap."
+    return f"{said} Every seed of {one} ends above every seed of {other}."
+
+
 def climb(lines: Sequence[Line]) -> str:
     """Say which mean lines still rose by more than a point in the last quarter of the rounds."""
     last = int(max((line.x[-1] for line in lines if line.x), default=0))
     quarter = last // 4
     if not quarter:
         return ""
-    gains = {}
-    for line in lines:
-        means = dict(zip(line.x, line.mean, strict=True))
-        gains[line.label] = means.get(last, -math.inf) - means.get(last - quarter, math.inf)
+    # Between two scores a line is straight, in the drawing too.
+    gains = {
+        line.label: line.mean[-1] - float(np.interp(last - quarter, line.x, line.mean))
+        for line in lines
+        if line.x and line.x[-1] == last
+    }
     rising = [label for label, gain in gains.items() if gain > 0.01]
     span = "round" if quarter == 1 else f"{quarter} rounds"
     if not rising:
@@ -206,6 +274,63 @@ def price(lines: Sequence[Line]) -> str:
         f"For {reached} {cheap} needs the least traffic, {amount_of_bytes(cost[cheap])}, and "
         f"{dear} the most, {amount_of_bytes(cost[dear])} (mean lines; seeds differ)."
     )
+
+
+def within_budgets(bought: Sequence[Mapping[str, Any]], limits: Sequence[float]) -> str:
+    """Say which method has the highest mean accuracy by each budget of bytes."""
+    leaders = []
+    for place, limit in enumerate(limits):
+        means = {row["label"]: row["accuracy"][place]["mean"] for row in bought}
+        known = {label: mean for label, mean in means.items() if mean is not None}
+        if len(known) < 2:
+            return ""
+        leader = max(known, key=lambda label: known[label])
+        # Before its first score every method stands where all started.
+        if known[leader] > min(known.values()):
+            leaders.append(f"{leader} by {amount_of_bytes(limit)} ({percent(known[leader])})")
+    return f"Ahead on average: {spoken(leaders)}." if leaders else ""
+
+
+def traffic(ledger: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say whose clients send and receive least and most, and how much of it is overhead."""
+    both = {
+        row["label"]: math.fsum(row[direction]["total"] for direction in DIRECTIONS)
+        for row in ledger
+        if not row["control"] and row["up"]["total"] + row["down"]["total"] > 0
+    }
+    if not both:
+        return ["No federated method sent anything."]
+    rows = {row["label"]: row for row in ledger if row["label"] in both}
+    low, high = min(both, key=lambda k: both[k]), max(both, key=lambda k: both[k])
+    each = f"{low} sends and receives {amount_of_bytes(both[low])} a round, both ways"
+    said = [f"A client of {each}."]
+    if both[high] > 1.02 * both[low]:
+        said = [
+            f"A client of {each}, the least here; one of {high} {amount_of_bytes(both[high])}, "
+            "the most."
+        ]
+    elif len(both) > 1:
+        said = [f"All need about the same: a client of {each}."]
+    overhead = {
+        label: math.fsum(row[direction]["protocol"] for direction in DIRECTIONS) / both[label]
+        for label, row in rows.items()
+    }
+    small, large = min(overhead.values()), max(overhead.values())
+    shares = percent(small) if large - small < 0.001 else f"{percent(small)} to {percent(large)}"
+    said.append(f"Of that, {shares} is protocol: names, headers and the plan, no numbers.")
+    said += [
+        f"A client of {label} receives {row['down']['total'] / row['up']['total']:.2g} times what "
+        "it sends."
+        for label, row in rows.items()
+        if row["up"]["total"] > 0 and row["down"]["total"] > 1.5 * row["up"]["total"]
+    ]
+    said += [
+        f"Asking clients of {label} to score their own models took {amount_of_bytes(cost)} a run, "
+        "counted nowhere else."
+        for label, row in rows.items()
+        if (cost := row["evaluation"])
+    ]
+    return said
 
 
 def skew(counts: Any) -> str:
@@ -259,6 +384,33 @@ def exactness(groups: Groups, lines: Mapping[str, Line]) -> str:
                 else "which is not exact: a small error alone does not decide the accuracy."
             )
         )
+    return " ".join(said)
+
+
+def worth_of_exactness(
+    covariances: Mapping[str, Cells], names: Mapping[str, Sequence[str]], last: Mapping[str, float]
+) -> str:
+    """Say what averaging factors would have missed in the last round, and in which module most.
+
+    `covariances`: by label, (modules, rounds); `names` of these modules; `last` over all modules.
+    """
+    order = sorted(last, key=lambda label: -last[label])
+    said = []
+    for label in order if len(order) <= 3 else (order[0], order[-1]):
+        if last[label] <= EXACT:
+            said.append(f"On the updates of {label}, averaging the factors would miss nothing.")
+            continue
+        cells = covariances[label][:, -1]
+        worst = int(cells.argmax())
+        said.append(
+            f"On the updates of {label}, averaging the factors would miss "
+            f"{rough_percent(last[label])} of the exact mean in the last round, most in "
+            f"{names[label][worst]} ({rough_percent(float(cells[worst]))})."
+        )
+    if len(order) > 3:
+        said.append(f"The other {len(order) - 2} lie between these two.")
+    if order and last[order[0]] < LITTLE:
+        said.append(f"Below {percent(LITTLE, 0)}, exact merging has next to nothing to put right.")
     return " ".join(said)
 
 

@@ -259,7 +259,11 @@ class FedcopraStrategy(FlowerStrategyBase):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask every client for the score of its own model; where there is one model, ask nobody."""
+        """Ask every client for the score of its own model; where there is one model, ask nobody.
+
+        These parcels are not noted as arrived, since clients forget them: scoring has bytes of its
+        own, and saves training none.
+        """
         self._own_scores, self._round.asked = [], []
         if not (self._strategy.personalised and self._is_due(server_round)):
             return []
@@ -280,13 +284,11 @@ class FedcopraStrategy(FlowerStrategyBase):
         for sent in self._round.asked:
             reply = by_question.get(sent.message.metadata.message_id)
             if reply is None or reply.has_error():
-                self._parcels.lost(sent.client.client)
                 why = _last_line(str(reply.error.reason)) if reply else "no reply"
                 raise FedcopraError(
                     f"client {sent.client.client} could not score its own model in round "
                     f"{server_round}: {why}; without it the mean over clients means nothing"
                 )
-            self._parcels.arrived(sent.client.client, sent.parcel)
             _, accuracy, loss = unpack_scores(reply.content)
             self._own_scores.append(Scores(accuracy, loss))
         return None
@@ -362,7 +364,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         }
 
     def _follow_up(self, updates: list[Update], clients: list[dict[str, Any]]) -> list[Update]:
-        """Ask the second question of a round, and lay the answers over the updates."""
+        """Ask the second question of a round, and lay question and answers over the updates."""
         ask, grid = self._strategy.follow_up, self._grid
         if ask is None or grid is None:
             raise RuntimeError("there is no second question, or no round in progress")
@@ -388,7 +390,8 @@ class FedcopraStrategy(FlowerStrategyBase):
                 row = next(row for row in clients if row["client"] == update.client.client)
                 row |= {key: status[key] for key in ("status", "reason")}
             else:
-                answered.append(replace(update, tensors={**update.tensors, **tensors}))
+                complete = {**update.tensors, **question, **tensors}
+                answered.append(replace(update, tensors=complete))
         return answered
 
     # --- one client ----------------------------------------------------------------------------

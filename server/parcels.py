@@ -70,18 +70,19 @@ class Parcels:
         version = base_version(state)
         plain = {n: t for n, t in model.items() if not (version and is_residual(n))}
         digests = {name: _digest(tensor) for name, tensor in plain.items()}
-        fresh = self._fresh_parts(client, plain, digests, restart)
+        drawn = self._start(client, restart)
+        fresh = _fresh_parts(digests, drawn)
+        drawn_now = {name for name in drawn if part_of(name) in fresh}
         known = held.digests if held else {}
         payload = {
             name: tensor
             for name, tensor in plain.items()
-            if part_of(name) not in fresh and known.get(name) != digests[name]
+            if name not in drawn_now and known.get(name) != digests[name]
         }
         rounds = {n for n, t in payload.items() if self._form != "float32" and _may_round(n, t)}
         before = held.rounded if held else frozenset()
-        rounded = frozenset(
-            n for n in plain if n in rounds or (n in before and n not in payload)
-        ) - frozenset(n for n in plain if part_of(n) in fresh)
+        held_over = before & (plain.keys() - payload.keys() - drawn_now)
+        rounded = frozenset(rounds | held_over)
         travelling = {n: encode(t, self._form) if n in rounds else t for n, t in payload.items()}
         if version:
             travelling |= missed(state, held.version if held else 0)
@@ -103,20 +104,18 @@ class Parcels:
         """Note that nobody knows what the client holds."""
         self._held.pop(client, None)
 
-    def _fresh_parts(
-        self, client: Client, model: Tensors, digests: dict[str, bytes], restart: int
-    ) -> tuple[str, ...]:
-        drawn = self._start(client, restart)
-        parts = {part_of(name) for name in drawn}
-        differing = {
-            part_of(name)
-            for name in model
-            if name in drawn and digests[name] != _digest(drawn[name])
-        }
-        return tuple(sorted(parts - differing))
-
     def _as_received(self, tensor: Tensor) -> Tensor:
         return decode(encode(tensor, self._form), self._form, tensor.shape)
+
+
+def _fresh_parts(digests: Mapping[str, bytes], drawn: Tensors) -> tuple[str, ...]:
+    """Return the parts that are still as they are drawn."""
+    differing = {
+        part_of(name)
+        for name, tensor in drawn.items()
+        if name in digests and digests[name] != _digest(tensor)
+    }
+    return tuple(sorted({part_of(name) for name in drawn} - differing))
 
 
 def _may_round(name: str, tensor: Tensor) -> bool:

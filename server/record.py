@@ -5,10 +5,7 @@ not at all.
 """
 
 import json
-import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,10 @@ from common.config import Experiment
 from common.errors import ConfigError, DataError
 from common.shards import deal_shards
 from server.environment import describe_environment
+from server.folders import FORMAT, RECORD, SERVED, write_json
 from server.simulation import Finished
 from strategies import STRATEGIES
 from strategies.base import Served
-
-FORMAT = 1
-RECORD, SERVED, REPORT = "record.json", "served.safetensors", "report.html"
 
 
 def build_record(finished: Finished, label: str) -> dict[str, Any]:
@@ -42,6 +37,7 @@ def build_record(finished: Finished, label: str) -> dict[str, Any]:
             "summary": method.summary,
             "citation": method.citation,
             "control": method.control,
+            "personalised": method.served == "personal" and not method.control,
         },
         "environment": describe_environment(str(device)),
         "task": _describe_task(finished),
@@ -50,7 +46,7 @@ def build_record(finished: Finished, label: str) -> dict[str, Any]:
         "rounds": outcomes.rounds,
         "final": {
             key: outcomes.rounds[-1][key]
-            for key in ("accuracy", "loss", "tasks")
+            for key in ("accuracy", "loss", "own_accuracy", "own_loss", "tasks")
             if key in outcomes.rounds[-1]
         },
     }
@@ -95,21 +91,6 @@ def write_run(folder: Path, record: Mapping[str, Any], served: Sequence[Served])
     save_file(tensors, folder / SERVED)
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Write JSON that a person can read; what is NaN or infinite becomes null."""
-    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(content: Any) -> Any:
-    """Replace numbers that JSON does not have, as a run that diverged leaves them."""
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
 def read_run(folder: Path) -> tuple[dict[str, Any], Experiment, dict[str, Tensor]]:
     """Return record, experiment and served tensors of a run.
 
@@ -125,28 +106,3 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Experiment, dict[str, Tensor
         return record, experiment, load_file(folder / SERVED)
     except (ValueError, KeyError, OSError) as error:
         raise DataError(f"{folder} cannot be read: {error!r}") from None
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise `ConfigError` if `folder` exists: a run never overwrites another."""
-    if folder.exists():
-        raise ConfigError(f"{folder} exists; remove it, or say --out OTHER_FOLDER")
-
-
-@contextmanager
-def appearing_whole(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `folder` only if all goes well."""
-    refuse_existing(folder)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
-    try:
-        yield unfinished
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise

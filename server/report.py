@@ -17,10 +17,19 @@ from markupsafe import Markup, escape
 
 from common.errors import DataError
 from common.package_files import package_file
-from server.comparison import Comparison, Groups, Record, by_label, compare, copra_enabled
+from server.comparison import (
+    DIRECTIONS,
+    Comparison,
+    Groups,
+    Record,
+    by_label,
+    compare,
+    copra_enabled,
+)
 from server.drawing import PALETTE
 from server.figures import panels
-from server.findings import copra_effects, headline
+from server.findings import copra_effects, headline, own_standing, traffic
+from server.folders import FORMAT
 from server.wording import (
     amount_of_bytes,
     duration,
@@ -31,7 +40,6 @@ from server.wording import (
     spoken,
 )
 
-FORMAT = 1
 # fmt: off
 PARTS = (
     "label", "seed", "experiment", "strategy", "environment", "task",
@@ -149,6 +157,10 @@ def render(records: Sequence[Record], comparison: Comparison, title: str) -> str
         cautions=cautions(groups),
         comparison=comparison,
         paired={pair["label"]: pair for pair in comparison["paired"]},
+        own_paired={pair["label"]: pair for pair in comparison["own"]["paired"]},
+        own_standing=own_standing(groups),
+        kinds=_kinds(comparison["ledger"]),
+        traffic=traffic(comparison["ledger"]),
         several_seeds=any(len(members) > 1 for members in groups.values()),
         strategies=list({r["strategy"]["name"]: r["strategy"] for r in records}.values()),
         panels=panels(groups),
@@ -161,6 +173,13 @@ def render(records: Sequence[Record], comparison: Comparison, title: str) -> str
         environments=environments(records),
         experiments={label: toml_like(rows[0]["experiment"]) for label, rows in groups.items()},
     )
+
+
+def _kinds(ledger: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return every kind of numbers that travelled: the usual ones first, then by name."""
+    found = {kind for row in ledger for way in DIRECTIONS for kind in row[way]["kinds"]}
+    usual = [kind for kind in ("A", "B", "head") if kind in found]
+    return [*usual, *sorted(found - set(usual))]
 
 
 # What was run.

@@ -33,6 +33,8 @@ from server.local_grid import LocalGrid
 
 # (index of the run, its row of the record)
 OnProgress = Callable[[int, Mapping[str, Any]], None]
+# (index of the run, what it left)
+OnFinished = Callable[[int, "Finished"], None]
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,17 @@ class Finished:
     evaluator: Evaluator
 
 
-def simulate(experiments: Sequence[Experiment], on_progress: OnProgress) -> list[Finished]:
+def keep(index: int, finished: "Finished") -> None:
+    """Do nothing when a run ends: `simulate` returns them all."""
+
+
+def simulate(
+    experiments: Sequence[Experiment], on_progress: OnProgress, on_finished: OnFinished = keep
+) -> list[Finished]:
     """Run all experiments, on Ray actors or, with `federation.workers = 0`, in this process.
 
-    All must name the same number of workers and the same device.
+    `on_finished` is told of every run as it ends, from the thread that ran it. All must name the
+    same number of workers and the same device.
 
     Raises:
         FedcopraError: what only shows once data and models are loaded.
@@ -68,7 +77,9 @@ def simulate(experiments: Sequence[Experiment], on_progress: OnProgress) -> list
         outcomes = run_federation(
             grid, experiment, evaluator, nodes, functools.partial(on_progress, index)
         )
-        return Finished(experiment, outcomes, evaluator)
+        finished = Finished(experiment, outcomes, evaluator)
+        on_finished(index, finished)
+        return finished
 
     return engine(run, experiments, clients)
 

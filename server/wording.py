@@ -1,5 +1,6 @@
 """How the report writes numbers and lists, in figures, tables and sentences alike."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -119,6 +120,28 @@ def shortened(name: str, length: int) -> str:
     """
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Leave out what all dotted names have in common, at either end or at every place.
+
+    >>> short_names(["vit.layers.0.attn.q_proj", "vit.layers.1.attn.v_proj"])
+    ['0.q_proj', '1.v_proj']
+    >>> short_names(["model.in.q", "model.q"]), short_names(["model.q"])
+    (['in.q', 'q'], ['q'])
+    """
+    parts = [name.split(".") for name in names]
+    if len(parts) < 2:
+        return [row[-1] for row in parts]
+    if len({len(row) for row in parts}) == 1:
+        differs = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
+        kept = [list(itertools.compress(row, differs)) for row in parts]
+    else:
+        shared = 0
+        while len({row[shared] if len(row) > shared + 1 else None for row in parts}) == 1:
+            shared += 1
+        kept = [row[shared:] for row in parts]
+    return [".".join(row) for row in kept]
 
 
 def is_or_are(names: Sequence[str], one: str, several: str) -> str:

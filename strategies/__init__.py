@@ -16,9 +16,40 @@ from strategies.base import Client, Options, Setting, Strategy
 from strategies.controls import ControlOptions, centralised, dense_oracle, local_only
 from strategies.copra_merge import CopraMergeOptions, copra_merge
 from strategies.cost import FACTORS, Cost, same
+from strategies.dare import DareOptions, dare
+from strategies.fedask import FedASKOptions, fedask
 from strategies.fedavg import FedAvgOptions, fedavg
+from strategies.fedex_lora import FedExLoRAOptions, fedex_lora
+from strategies.fedprox import FedProxOptions, fedprox
+from strategies.fedrot_lora import FedRotLoRAOptions, fedrot_lora
+from strategies.fedsa_lora import FedSALoRAOptions, fedsa_lora
+from strategies.fedsvd import FedSVDOptions, fedsvd
 from strategies.ffa_lora import FFALoRAOptions, ffa_lora
 from strategies.flexlora import FlexLoRAOptions, flexlora
+from strategies.flora import FLoRAOptions, flora
+from strategies.hetlora import HetLoRAOptions, hetlora
+from strategies.lora_fair import LoRAFAIROptions, lora_fair
+from strategies.robust import (
+    MedianOptions,
+    MultiKrumOptions,
+    TrimmedMeanOptions,
+    median,
+    multi_krum,
+    trimmed_mean,
+)
+from strategies.rolora import RoLoRAOptions, rolora
+from strategies.scaffold import ScaffoldOptions, scaffold
+from strategies.server_optimisers import (
+    FedAdagradOptions,
+    FedAdamOptions,
+    FedAvgMOptions,
+    fedadagrad,
+    fedadam,
+    fedavgm,
+    fedyogi,
+)
+from strategies.task_arithmetic import TaskArithmeticOptions, task_arithmetic
+from strategies.ties import TiesOptions, ties
 
 
 @dataclass(frozen=True)
@@ -40,6 +71,7 @@ class Method:
         secure_aggregation: whether the server needs no more than sums over clients.
         noise: whether noise on what clients send enters the delta linearly, as differential privacy
             wants it.
+        optimiser: the local optimiser that the formulas take for granted; empty for any.
         server_state, client_state: what is kept from round to round beside the model, or nothing.
         control: whether it is there to be compared with, and not federated.
     """
@@ -56,6 +88,7 @@ class Method:
     by_task: bool = True
     secure_aggregation: bool = False
     noise: bool = False
+    optimiser: Literal["", "sgd"] = ""
     server_state: str = ""
     client_state: str = ""
     control: bool = False
@@ -90,6 +123,34 @@ STRATEGIES: Mapping[str, Method] = {
         FACTORS,
         unequal_ranks=True,
     ),
+    "flora": Method(
+        flora,
+        FLoRAOptions,
+        "adds the stacked BA to the base, and restarts the adapters every round",
+        "arXiv 2409.05976",
+        "exact",
+        # The fresh adapter is drawn by each client; of the stack the smaller form travels.
+        Cost(("A + B + H",), ("min(S, D) + H",)),
+        unequal_ranks=True,
+    ),
+    "fedex-lora": Method(
+        fedex_lora,
+        FedExLoRAOptions,
+        "averages A and B, adds what that misses to the base: exact unless truncated",
+        "arXiv 2410.09432",
+        "exact",
+        Cost(("A + B + H",), ("A + B + H + min((K - 1)*(A + B), D)",)),
+    ),
+    "fedsa-lora": Method(
+        fedsa_lora,
+        FedSALoRAOptions,
+        "averages A; B and the head stay at the client",
+        "arXiv 2410.01463",
+        "personal",
+        same("A"),
+        secure_aggregation=True,
+        client_state="B and head",
+    ),
     "copra-merge": Method(
         copra_merge,
         CopraMergeOptions,
@@ -98,6 +159,184 @@ STRATEGIES: Mapping[str, Method] = {
         "best rank r",
         FACTORS,
         unequal_ranks=True,
+    ),
+    "task-arithmetic": Method(
+        task_arithmetic,
+        TaskArithmeticOptions,
+        "adds a multiple of the mean increment of BA, then SVD",
+        "arXiv 2212.04089",
+        "best rank r",
+        FACTORS,
+        unequal_ranks=True,
+    ),
+    "ties": Method(
+        ties,
+        TiesOptions,
+        "trims increments of BA, elects signs, averages what agrees, then SVD",
+        "arXiv 2306.01708",
+        "inexact",
+        FACTORS,
+        unequal_ranks=True,
+    ),
+    "dare": Method(
+        dare,
+        DareOptions,
+        "drops entries of increments of BA at random, merges the rest, then SVD",
+        "arXiv 2311.03099",
+        "inexact",
+        FACTORS,
+        unequal_ranks=True,
+    ),
+    "median": Method(
+        median,
+        MedianOptions,
+        "robust: the median of every entry of increments of BA, then SVD",
+        "arXiv 1803.01498",
+        "inexact",
+        FACTORS,
+        weighting="equal",
+        unequal_ranks=True,
+    ),
+    "trimmed-mean": Method(
+        trimmed_mean,
+        TrimmedMeanOptions,
+        "robust: the mean of every entry without its extremes, then SVD",
+        "arXiv 1803.01498",
+        "inexact",
+        FACTORS,
+        weighting="equal",
+        unequal_ranks=True,
+    ),
+    "multi-krum": Method(
+        multi_krum,
+        MultiKrumOptions,
+        "robust: averages the clients closest to their neighbours, then SVD",
+        "arXiv 1703.02757",
+        "inexact",
+        FACTORS,
+        weighting="equal",
+        unequal_ranks=True,
+    ),
+    "fedavgm": Method(
+        fedavgm,
+        FedAvgMOptions,
+        "averages, then steps with momentum on the server",
+        "arXiv 1909.06335",
+        "inexact",
+        FACTORS,
+        secure_aggregation=True,
+        server_state="momentum",
+    ),
+    "fedadagrad": Method(
+        fedadagrad,
+        FedAdagradOptions,
+        "averages, then takes an Adagrad step on the server",
+        "arXiv 2003.00295",
+        "inexact",
+        FACTORS,
+        secure_aggregation=True,
+        server_state="moments",
+    ),
+    "fedadam": Method(
+        fedadam,
+        FedAdamOptions,
+        "averages, then takes an Adam step on the server",
+        "arXiv 2003.00295",
+        "inexact",
+        FACTORS,
+        secure_aggregation=True,
+        server_state="moments",
+    ),
+    "fedyogi": Method(
+        fedyogi,
+        FedAdamOptions,
+        "averages, then takes a Yogi step on the server",
+        "arXiv 2003.00295",
+        "inexact",
+        FACTORS,
+        secure_aggregation=True,
+        server_state="moments",
+    ),
+    "fedprox": Method(
+        fedprox,
+        FedProxOptions,
+        "averages; clients pay for leaving the model they were sent",
+        "arXiv 1812.06127",
+        "inexact",
+        FACTORS,
+        secure_aggregation=True,
+    ),
+    "scaffold": Method(
+        scaffold,
+        ScaffoldOptions,
+        "averages; control variates take client drift out of every local step",
+        "arXiv 1910.06378",
+        "inexact",
+        same("2*(A + B + H)"),
+        secure_aggregation=True,
+        optimiser="sgd",
+        server_state="control variate",
+        client_state="control variate",
+    ),
+    "rolora": Method(
+        rolora,
+        RoLoRAOptions,
+        "trains and averages B and A in turn: exact at half the bytes",
+        "arXiv 2502.01755",
+        "exact",
+        # What the round before has merged comes down while the other factor goes up.
+        Cost(("B + H", "A + H"), ("A + H", "B + H")),
+        secure_aggregation=True,
+        noise=True,
+        server_state="whose turn it is",
+    ),
+    "fedsvd": Method(
+        fedsvd,
+        FedSVDOptions,
+        "averages B, then turns the basis by SVD so that A has orthonormal rows",
+        "arXiv 2505.12805",
+        "exact",
+        Cost(("B + H",), ("A + B + H",)),
+        secure_aggregation=True,
+        noise=True,
+    ),
+    "fedrot-lora": Method(
+        fedrot_lora,
+        FedRotLoRAOptions,
+        "turns the factors towards what was sent, then averages A and B apart",
+        "arXiv 2602.23638",
+        "inexact",
+        FACTORS,
+        server_state="whose turn it is",
+    ),
+    "lora-fair": Method(
+        lora_fair,
+        LoRAFAIROptions,
+        "averages A and B apart, then corrects B towards the mean of the deltas",
+        "arXiv 2411.14961",
+        "inexact",
+        FACTORS,
+    ),
+    "hetlora": Method(
+        hetlora,
+        HetLoRAOptions,
+        "averages zero-padded factors by the norms of the deltas; clients prune their ranks",
+        "arXiv 2401.06432",
+        "inexact",
+        FACTORS,
+        weighting="norms",
+        unequal_ranks=True,
+        server_state="ranks after pruning",
+    ),
+    "fedask": Method(
+        fedask,
+        FedASKOptions,
+        "merges deltas from sums of sketches, in two exchanges a round",
+        "arXiv 2507.09990",
+        "inexact",
+        Cost(("q*(m + n) + H",), ("q*m + A + B + H",)),
+        unequal_ranks=True,
+        secure_aggregation=True,
     ),
     "local-only": Method(
         local_only,
@@ -214,6 +453,13 @@ def _refuse_impossible(experiment: Experiment, name: str, method: Method) -> Non
         raise ConfigError(
             f"adapter.ranks = {ranks}: strategy {name} needs one rank for all clients; with "
             f"unequal ranks choose from {_able(lambda other: other.unequal_ranks)}"
+        )
+    optimiser = experiment.train.optimiser
+    if method.optimiser not in ("", optimiser):
+        raise ConfigError(
+            f"train.optimiser = {optimiser!r}: the formulas of strategy {name} hold for "
+            f"{method.optimiser!r} only; set that, or choose from "
+            f"{_able(lambda other: other.optimiser in ('', optimiser))}"
         )
     if experiment.task.members and not method.by_task:
         raise ConfigError(

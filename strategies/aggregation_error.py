@@ -13,7 +13,7 @@ from torch import Tensor
 from common.lowrank import Span, Term, adapted_modules
 from common.residuals import residual_name
 from common.tails import padded
-from strategies.base import Served, Setting, Update, data_weights
+from strategies.base import Served, Setting, Update, data_weights, model_of
 
 _Summands = list[tuple[float, Term]]
 
@@ -47,7 +47,7 @@ def aggregation_error(
     model = served[0]
     weights = data_weights(updates)
     shares = [w * u.client.scale for w, u in zip(weights, updates, strict=True)]
-    states = [padded(u.tensors, max(u.client.rank for u in updates)) for u in updates]
+    states = [padded(model_of(u.tensors), max(u.client.rank for u in updates)) for u in updates]
     errors, covariances, exact = {}, {}, {}
     for module in adapted_modules(model.tensors):
         terms = [Term.of(state, module) for state in states]

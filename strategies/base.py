@@ -8,7 +8,7 @@ Names in a state: those of the model (factors, heads, residuals) as they are; wh
 server keeps holds a slash (`server/round`, `client.3/head.news.bias`) and never leaves it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,7 +131,7 @@ class Strategy:
         trains: the parts that clients train in the round that starts from this state.
         rules: what clients do beside training on their rows; plain values, sent to them.
         follow_up: where the method needs a second exchange in a round, what the server asks with
-            after the first; the answers are laid over the updates before `merge`.
+            after the first; question and answers are laid over the updates before `merge`.
         personalised: whether each client's model differs, by what it keeps to itself.
         probe_examples: how many probe rows `merge` wants; 0 for none.
         assign: who trains on what; federated methods leave it alone.
@@ -174,11 +174,18 @@ def for_task(state: Tensors, task: str) -> dict[str, Tensor]:
     }
 
 
+def counted_by_examples(updates: Iterable[Update]) -> Iterator[tuple[int, Tensors]]:
+    """Yield `(num_examples, tensors)` of every update, and hold none while the next is made."""
+    for update in updates:
+        yield update.num_examples, update.tensors
+        del update
+
+
 def mean_of_parts(updates: Iterable[Update], parts: Sequence[str]) -> dict[str, Tensor]:
     """Return the mean, by number of examples, of every tensor of these parts."""
     return weighted_mean(
-        (u.num_examples, {n: t for n, t in u.tensors.items() if part_of(n) in parts})
-        for u in updates
+        (examples, {n: t for n, t in tensors.items() if part_of(n) in parts})
+        for examples, tensors in counted_by_examples(updates)
     )
 
 

@@ -20,6 +20,7 @@ from common.lowrank import (
     named_factors,
 )
 from common.residuals import residual_name
+from common.rules import TURNING
 from common.tensors import Tensors
 from strategies.base import (
     Assignment,
@@ -123,7 +124,7 @@ def dense_oracle(_: ControlOptions, setting: Setting) -> Strategy:
     def serve(state: Tensors) -> Sequence[Served]:
         return [Served(model_of(state), setting.rank)]
 
-    return Strategy(start=start, send=send, merge=merge, serve=serve)
+    return Strategy(start=start, send=send, merge=merge, serve=serve, rules=TURNING)
 
 
 def dense_mean(updates: Sequence[Update], module: str) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from common.lowrank import Span, Term, adapted_modules, balanced_factors, kept_energy, named_factors
+from common.rules import TURNING
 from common.tensors import Tensors
 from strategies.base import (
     Client,
@@ -123,6 +124,7 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
         send=send,
         merge=merge,
         serve=serve,
+        rules=TURNING,
         probe_examples=options.probe_examples,
     )
 

@@ -17,6 +17,7 @@ from strategies.base import (
     Setting,
     Strategy,
     Update,
+    counted_by_examples,
     for_task,
     model_of,
 )
@@ -33,7 +34,7 @@ def fedavg(_: FedAvgOptions, setting: Setting) -> Strategy:
         return for_task(state, client.task)
 
     def merge(state: Tensors, updates: Iterable[Update], _: Probe | None) -> Merged:
-        means = weighted_mean((u.num_examples, u.tensors) for u in updates)
+        means = weighted_mean(counted_by_examples(updates))
         return Merged({**state, **means})
 
     def serve(state: Tensors) -> Sequence[Served]:

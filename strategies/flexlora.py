@@ -16,10 +16,11 @@ from common.lowrank import (
     RunningSum,
     Term,
     adapted_modules,
-    kept_energy,
+    kept_share,
     named_factors,
     orthonormal_factors,
 )
+from common.rules import TURNING
 from common.tensors import RunningMean, Tensors
 from strategies.base import (
     Client,
@@ -69,22 +70,26 @@ def flexlora(options: FlexLoRAOptions, setting: Setting) -> Strategy:
             for module, running in sums.items():
                 share = update.num_examples * update.client.scale
                 running.add(share, Term.of(update.tensors, module))
+            del update  # before the next one is asked for
         merged: dict[str, Tensor] = {**state, **held.mean()}
-        svds = {module: running.svd(1 / examples) for module, running in sums.items()}
-        for module, svd in svds.items():
+        spectra, lost = [], 0.0
+        for module in modules:
+            running = sums.pop(module)
+            svd = running.svd(1 / examples)
+            spectra.append(svd.S)
+            lost += (running.dropped / examples) ** 2
             term = orthonormal_factors(svd.truncated(setting.rank), server_scale)
             merged |= named_factors(module, _filled(term, Term.of(state, module)))
-        diagnostics = {"kept_energy": kept_energy(svds.values(), setting.rank)}
+        diagnostics = {"kept_energy": kept_share(spectra, setting.rank)}
         if options.buffer_rank:
-            lost = sum((running.dropped / examples) ** 2 for running in sums.values()) ** 0.5
-            whole = sum(float(svd.S.norm()) ** 2 for svd in svds.values()) ** 0.5
-            diagnostics["buffer_error_at_most"] = lost / whole if whole > 0 else 0.0
+            whole = float(torch.cat(spectra).norm())
+            diagnostics["buffer_error_at_most"] = lost**0.5 / whole if whole > 0 else 0.0
         return Merged(merged, diagnostics)
 
     def serve(state: Tensors) -> Sequence[Served]:
         return [Served(model_of(state), setting.rank)]
 
-    return Strategy(start=dict, send=send, merge=merge, serve=serve)
+    return Strategy(start=dict, send=send, merge=merge, serve=serve, rules=TURNING)
 
 
 def _filled(term: Term, before: Term) -> Term:

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from common.config import Experiment, build_experiment  # noqa: E402
 from common.features import Features  # noqa: E402
 from common.tasks import Kind, LabelledTask, Split  # noqa: E402
+from strategies import STRATEGIES  # noqa: E402
 
 WORDS = ["the", "this", "film", "book", "was", "is", "very", "not", "good", "bad", "dull", "slow"]
 
@@ -105,12 +106,19 @@ def digits_experiment(vit_folder: Path) -> Callable[..., Experiment]:
     """A function of dotted keys: digits on the tiny ViT, 3 clients, 2 rounds of 2 steps."""
 
     def build(**values: Any) -> Experiment:
+        method = STRATEGIES.get(values.get("strategy__name", "fedavg"))
         tables = {
             "task": {"name": "digits", "limit": 240, "probe_examples": 40},
             "partition": {"kind": "iid", "clients": 3},
             "backbone": {"path": str(vit_folder)},
             "adapter": {"rank": 4, "alpha": 6},
-            "train": {"local_steps": 2, "batch_size": 16, "learning_rate": 0.02},
+            "train": {
+                "local_steps": 2,
+                "batch_size": 16,
+                "learning_rate": 0.02,
+                # Some methods hold for one optimiser only.
+                "optimiser": (method and method.optimiser) or "adamw",
+            },
             "federation": {"rounds": 2, "workers": 0},
             "strategy": {"name": "fedavg", "copra-merge": {"probe_examples": 40}},
         }

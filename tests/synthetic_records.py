@@ -16,10 +16,14 @@ CHARACTERS: dict[str, tuple[float, float, int, float, float]] = {
     "copra-merge": (0.905, 0.34, 610_000, 6e-8, 0.13),
     "fedex-lora": (0.893, 0.27, 930_000, 3e-7, 0.045),
     "ffa-lora": (0.846, 0.17, 300_000, 0.0, 0.003),
+    "fedsa-lora": (0.88, 0.3, 300_000, 0.0, 0.002),
     "centralised": (0.941, 0.5, 0, 0.0, 0.0),
     "local-only": (0.641, 0.3, 0, 0.0, 0.0),
 }
 CONTROLS = {"centralised", "local-only"}
+PERSONALISED = {"fedsa-lora"}
+MODULES = [f"vit.layers.{n}.attention.{part}" for n in range(4) for part in ("q_proj", "v_proj")]
+PROTOCOL = 40
 
 
 def synthetic_record(
@@ -31,6 +35,7 @@ def synthetic_record(
     rounds: int = 12,
     final: float | None = None,
     refused: int | None = None,
+    evaluate_every: int = 1,
 ) -> dict[str, Any]:
     """Return one record; `final` fixes the last accuracy, `refused` is a client sending NaN."""
     level, speed, size, error, merge = CHARACTERS[strategy]
@@ -44,8 +49,15 @@ def synthetic_record(
     if final is not None:
         curve[-1] = final
     clients = synthetic_clients(seed)
+    personalised = strategy in PERSONALISED
+    scores = [
+        _scores(value, personalised=personalised)
+        if n % evaluate_every == 0 or n == rounds
+        else dict.fromkeys(_scores(0.0, personalised=False))
+        for n, value in enumerate(curve, start=1)
+    ]
     return {
-        "format": 1,
+        "format": 2,
         "label": label or strategy,
         "seed": seed,
         "experiment": synthetic_experiment(strategy, seed, copra, rounds),
@@ -54,6 +66,7 @@ def synthetic_record(
             "summary": f"Stands for {strategy} in a made-up study.",
             "citation": "Nobody et al. (2020), arXiv:0000.00000",
             "control": control,
+            "personalised": personalised,
         },
         "environment": {
             "python": "3.11.7",
@@ -70,14 +83,13 @@ def synthetic_record(
             "sizes": {"train": 1100, "validation": 0, "probe": 300, "test": 360},
             "clients": clients,
         },
-        "start": {"accuracy": 0.1, "loss": 2.3},
+        "start": {"accuracy": 0.1, "loss": 2.3, "own_accuracy": 0.12, "own_loss": 2.2},
         "digest": hashlib.sha256(f"{label or strategy} {seed} {copra}".encode()).hexdigest(),
         "rounds": [
             {
                 "round": number,
-                "accuracy": value,
-                "loss": 2.3 * (1 - value),
-                "bytes": _bytes(size, copra),
+                **scored,
+                "bytes": _round_bytes(size, copra, personalised),
                 "seconds": {
                     "wall": 1.2 + merge,
                     "training": 2.3 - 0.4 * copra,
@@ -85,19 +97,20 @@ def synthetic_record(
                     "evaluation": 0.09,
                     "waiting": 1.1,
                 },
-                "aggregation_error": None if control else error * (1 + 0.5 / number),
-                "clients": [_reply(client, refused) for client in clients],
+                **_errors(None if control or personalised else error, number),
+                "clients": [_reply(client, refused, size, copra) for client in clients],
                 "merge": _merge(strategy, number),
             }
-            for number, value in enumerate(curve, start=1)
+            for number, scored in enumerate(scores, start=1)
         ],
-        "final": {"accuracy": curve[-1], "loss": 2.3 * (1 - curve[-1])},
+        "final": dict(scores[-1]),
     }
 
 
 def synthetic_study(seeds: Sequence[int] = (0, 1, 2)) -> list[dict[str, Any]]:
-    """Return five methods, one of them also with CopRA, and two controls, over the seeds."""
-    names = ["fedavg", "flora", "copra-merge", "fedex-lora", "ffa-lora", *sorted(CONTROLS)]
+    """Return six methods, one also with CopRA and one personalised, and two controls."""
+    names = ["fedavg", "flora", "copra-merge", "fedex-lora", "ffa-lora", "fedsa-lora"]
+    names += sorted(CONTROLS)
     runs = [
         synthetic_record(name, seed, refused=4 if name == "fedavg" and seed == 1 else None)
         for name in names
@@ -157,13 +170,50 @@ def synthetic_experiment(strategy: str, seed: int, copra: bool, rounds: int) -> 
     }
 
 
-def _bytes(size: int, copra: bool) -> dict[str, dict[str, int]]:
-    adapter = int(size * (0.9 if copra else 1))
-    up = {"adapter": adapter, "head": 2600, "protocol": 400, "total": adapter + 3000}
-    return {"up": up, "down": dict(up)}
+def _scores(value: float, *, personalised: bool) -> dict[str, float | None]:
+    """Return the scores of a round; clients' own labels are a little easier."""
+    own = {"own_accuracy": value + 0.02, "own_loss": 2.2 * (1 - value)}
+    if personalised:
+        return {"accuracy": None, "loss": None, **own}
+    return {"accuracy": value, "loss": 2.3 * (1 - value), **own}
 
 
-def _reply(client: dict[str, Any], refused: int | None) -> dict[str, Any]:
+def _errors(error: float | None, number: int) -> dict[str, Any]:
+    """Return what a round measured of its merge, overall and by module."""
+    if error is None:
+        return {"aggregation_error": None, "factor_covariance": None}
+    level, covariance = error * (1 + 0.5 / number), 0.05 * (1 + 2 / number)
+    return {
+        "aggregation_error": level,
+        "factor_covariance": covariance,
+        "modules": {
+            module: {
+                "aggregation_error": level * (0.6 + 0.1 * place),
+                "factor_covariance": covariance * (1.4 - 0.1 * place),
+            }
+            for place, module in enumerate(MODULES)
+        },
+    }
+
+
+def _client_bytes(size: int, copra: bool) -> dict[str, dict[str, int]]:
+    """Return what one client sends and receives: a tenth of `size` in factors each way."""
+    factors = int(size * (0.9 if copra else 1)) // CLIENTS // 2
+    up = {"A": factors, "B": factors, "head": 260, "protocol": PROTOCOL}
+    return {way: up | {"total": sum(up.values())} for way in ("up", "down")}
+
+
+def _round_bytes(size: int, copra: bool, personalised: bool) -> dict[str, dict[str, int]]:
+    """Return the bytes of all clients; scoring clients' own models is apart."""
+    one = _client_bytes(size, copra)
+    counted = {
+        way: {kind: CLIENTS * count for kind, count in kinds.items()} for way, kinds in one.items()
+    }
+    scoring = {"protocol": 10 * PROTOCOL, "total": 10 * PROTOCOL}
+    return counted | ({"evaluation": scoring} if personalised else {})
+
+
+def _reply(client: dict[str, Any], refused: int | None, size: int, copra: bool) -> dict[str, Any]:
     sound = client["client"] != refused
     return {
         "client": client["client"],
@@ -173,6 +223,7 @@ def _reply(client: dict[str, Any], refused: int | None) -> dict[str, Any]:
         "loss": 0.8,
         "seconds": 0.23,
         "weight": 0.1 if sound else 0.0,
+        "bytes": _client_bytes(size, copra),
     }
 
 

@@ -58,7 +58,7 @@ class Workshop:
         if self._rows is not None:
             return self._rows
         labels = np.array([0, 1, 2, 1, 0, 2])
-        return extract_features(model.backbone, "text", Split(TEXTS, labels))
+        return extract_features(model.backbone.preprocessor, Split(TEXTS, labels))
 
     def batch(self, model: AdaptedBackbone) -> Batch:
         return self.rows(model).batch(torch.arange(6), CPU)
@@ -119,7 +119,7 @@ COPRA = Copra(enabled=True, initial=0.3, ramp=1.0)
 
 def train(model: AdaptedBackbone, rows: Features, **changes: Any) -> float:
     run = LocalRun(**{**RUN.__dict__, **changes})
-    return train_locally(model, rows, run, TRAIN, COPRA)
+    return train_locally(model, rows, run, TRAIN, COPRA).loss
 
 
 # --- the common start -----------------------------------------------------------------------------
@@ -496,9 +496,9 @@ def test_training_lowers_the_loss(workshop: Workshop, task: LabelledTask) -> Non
     model = workshop.model()
     model.load(model.initial((task,), seed=0), 4, task)
     rows = workshop.rows(model)
-    first = train_locally(model, rows, RUN, TRAIN, Copra())
+    first = train_locally(model, rows, RUN, TRAIN, Copra()).loss
     for _ in range(20):
-        last = train_locally(model, rows, RUN, TRAIN, Copra())
+        last = train_locally(model, rows, RUN, TRAIN, Copra()).loss
     assert last < first
 
 

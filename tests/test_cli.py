@@ -8,6 +8,7 @@ import pytest
 
 from common.errors import ConfigError
 from server import cli
+from server.plans import plan_comparison
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "experiments" / "digits.toml")
@@ -91,7 +92,7 @@ def test_a_run_folder_that_exists_is_left_alone(
 
 
 def test_a_comparison_is_strategies_by_settings_by_seeds() -> None:
-    runs = cli.plan_comparison(
+    runs = plan_comparison(
         Path(DIGITS),
         ["fedavg", "ffa-lora+train.learning_rate=2e-2"],
         ["0", "1"],
@@ -110,7 +111,7 @@ def test_a_comparison_is_strategies_by_settings_by_seeds() -> None:
 
 def test_a_setting_of_one_strategy_is_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"train\.lr"):
-        cli.plan_comparison(Path(DIGITS), ["fedavg+train.lr=1"], ["0"], [])
+        plan_comparison(Path(DIGITS), ["fedavg+train.lr=1"], ["0"], [])
 
 
 def test_lists_can_be_read_by_programs(

@@ -12,7 +12,7 @@ import pytest
 from synthetic_records import by_task_record, synthetic_record, synthetic_study
 
 from common.errors import FedcopraError
-from server.comparison import compare, holm
+from server.comparison import area, compare, holm
 
 # Student's t for 95% and two degrees of freedom, from a printed table.
 T_TWO_DEGREES = 4.302653
@@ -135,6 +135,116 @@ def test_totals_and_rows() -> None:
     assert comparison["paired"] == []
 
 
+def test_area_under_the_curve_by_hand() -> None:
+    record = synthetic_record("fedavg", rounds=4)
+    record["start"]["accuracy"] = 0.2
+    for entry, value in zip(record["rounds"], (None, 0.6, None, 0.8), strict=True):
+        entry["accuracy"] = value
+    # Trapezoids from 0 to 2 and from 2 to 4: 2 · 0.4 + 2 · 0.7, over four rounds.
+    assert area(record, "accuracy") == pytest.approx(0.55)
+    record["rounds"][-1]["accuracy"] = None
+    assert area(record, "accuracy") is None
+    record["rounds"][-1]["accuracy"], record["start"]["accuracy"] = 0.8, None
+    assert area(record, "accuracy") is None
+
+
+def with_bytes(label: str, sizes: list[int], accuracies: list[float | None]) -> dict[str, Any]:
+    """Return a run that sends these bytes, both ways together, and is scored so, from 0.1 on."""
+    record = synthetic_record("fedavg", label=label, rounds=len(sizes), final=accuracies[-1])
+    for entry, size, value in zip(record["rounds"], sizes, accuracies, strict=True):
+        entry["bytes"] = {"up": {"total": size - 1}, "down": {"total": 1}}
+        entry["accuracy"] = value
+    return record
+
+
+def test_accuracy_at_byte_budgets_by_hand() -> None:
+    cheap = with_bytes("cheap", [100, 100, 100, 100], [0.3, None, 0.5, 0.6])
+    # The last budget is 400: two bytes more are within the slack, ten are not.
+    near = with_bytes("near", [201, 201], [0.4, 0.7])
+    dear = with_bytes("dear", [205, 205], [0.4, 0.7])
+    diverged = with_bytes("diverged", [400, 400], [0.9, 0.9])
+    diverged["final"]["accuracy"] = math.nan
+    control = synthetic_record("local-only", rounds=2)
+    comparison = compare([cheap, near, dear, diverged, control])
+    assert comparison["budgets"]["bytes"] == [100, 200, 400]
+    at = {
+        row["label"]: [value["mean"] for value in row["accuracy"]]
+        for row in comparison["budgets"]["labels"]
+    }
+    assert at == {
+        "cheap": [0.3, 0.3, 0.6],
+        "near": [0.1, 0.4, 0.7],
+        "dear": [0.1, 0.1, 0.4],
+        "diverged": [None, None, None],
+    }
+    rows = {row["label"]: row["accuracy_at_budgets"] for row in comparison["rows"]}
+    assert rows == {**at, "local-only": None}
+
+
+def test_personalised_labels_stand_apart() -> None:
+    records = [
+        synthetic_record(name, seed, copra=copra, label=f"{name} {copra}")
+        for name, copra in (("fedsa-lora", False), ("fedavg", False), ("fedsa-lora", True))
+        for seed in (0, 1)
+    ]
+    comparison = compare(records)
+    assert [row["label"] for row in comparison["summary"]] == ["fedavg False"]
+    assert comparison["paired"] == comparison["copra"] == []
+    assert [row["label"] for row in comparison["budgets"]["labels"]] == ["fedavg False"]
+    own = comparison["own"]
+    assert [(row["label"], row["personalised"]) for row in own["summary"]] == [
+        ("fedsa-lora False", True),
+        ("fedavg False", False),
+        ("fedsa-lora True", True),
+    ]
+    pairs = {pair["label"]: pair for pair in own["paired"]}
+    assert {pair["against"] for pair in pairs.values()} == {"fedsa-lora False"}
+    ends = {(r["label"], r["seed"]): r["final"]["own_accuracy"] for r in records}
+    differences = [ends["fedavg False", s] - ends["fedsa-lora False", s] for s in (0, 1)]
+    assert pairs["fedavg False"]["own_accuracy"]["mean"] == pytest.approx(np.mean(differences))
+    assert pairs["fedavg False"]["own_accuracy"]["p_holm"] is not None
+    assert [(pair["label"], pair["against"]) for pair in own["copra"]] == [
+        ("fedsa-lora True", "fedsa-lora False")
+    ]
+    row = comparison["rows"][0]
+    assert (row["accuracy"], row["area"]) == (None, None)
+    assert row["own_area"] == pytest.approx(area(records[0], "own_accuracy"))
+    json.dumps(comparison, allow_nan=False)
+
+
+def test_personalised_methods_alone_can_be_compared() -> None:
+    comparison = compare([synthetic_record("fedsa-lora", seed) for seed in (0, 1)])
+    assert comparison["summary"] == comparison["paired"] == comparison["budgets"]["bytes"] == []
+    assert comparison["own"]["summary"][0]["own_accuracy"]["mean"] is not None
+
+
+def test_ledger_by_hand() -> None:
+    record = synthetic_record("fedsa-lora", rounds=2)
+    record["rounds"] = record["rounds"][:2]
+    for entry, factor in zip(record["rounds"], (1, 3), strict=True):
+        # Client 1 takes part in the second round only, and never answers.
+        answers = [{"client": 0, "bytes": {"up": {"total": 20 * factor}, "down": {"total": 8}}}]
+        if factor == 3:
+            answers.append({"client": 1, "bytes": {"down": {"total": 8}}})
+        entry["clients"] = [record["rounds"][0]["clients"][0] | answer for answer in answers]
+        entry["bytes"] = {
+            "up": {"A": 15 * factor, "protocol": 5 * factor, "total": 20 * factor},
+            "down": {"protocol": 8 * len(answers), "total": 8 * len(answers)},
+            "evaluation": {"protocol": 7, "total": 7},
+        }
+    (row,) = compare([record])["ledger"]
+    assert row["up"].pop("kinds") == {"A": 20}
+    assert row["up"] == pytest.approx({"protocol": 20 / 3, "total": 80 / 3, "least": 0, "most": 40})
+    assert row["down"] == {"kinds": {}, "protocol": 8, "total": 8, "least": 8, "most": 8}
+    assert row["evaluation"] == 14
+
+
+def test_seconds_are_summed() -> None:
+    (row,) = compare([synthetic_record("fedavg", rounds=5)])["summary"]
+    assert row["wall_seconds"] == pytest.approx(5 * 1.204)
+    assert row["training_seconds"] == pytest.approx(5 * 2.3)
+
+
 def test_the_study_as_a_whole() -> None:
     comparison = compare(synthetic_study())
     labels = [row["label"] for row in comparison["summary"]]
@@ -144,7 +254,9 @@ def test_the_study_as_a_whole() -> None:
         "centralised",
         "local-only",
     }
-    assert len(comparison["rows"]) == 24
+    assert "fedsa-lora" not in labels
+    assert {row["label"] for row in comparison["own"]["summary"]} == {*labels, "fedsa-lora"}
+    assert len(comparison["rows"]) == 27
     assert "Holm" in comparison["method"]
     json.dumps(comparison, allow_nan=False)
 

@@ -321,8 +321,10 @@ def test_a_strategy_gets_its_own_options(order: tuple[str, str]) -> None:
 
 
 def test_equal_ranks_suit_every_strategy() -> None:
-    for name in STRATEGIES:
-        resolve(small(adapter__ranks=[4, 4], strategy__name=name, task__probe_examples=512))
+    for name, method in STRATEGIES.items():
+        optimiser = method.optimiser or "adamw"
+        settings = {"strategy__name": name, "train__optimiser": optimiser}
+        resolve(small(adapter__ranks=[4, 4], task__probe_examples=512, **settings))
 
 
 def test_the_file_is_named_in_a_refusal(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from clients import training
 from clients.training import LocalRun, train_locally
 from common.adapters import AdaptedBackbone
 from common.backbones import load_backbone
@@ -205,7 +206,7 @@ def loaded(
     if request.param == "image":
         batch = picture_rows.batch(torch.arange(8), torch.device("cpu"))
     else:
-        tokens = backbone.preprocessor(
+        tokens = backbone.preprocessor.tool(
             ["the film was good", "this book is very dull"], padding=True, return_tensors="pt"
         )
         batch = Batch(dict(tokens), torch.tensor([0, 2]))
@@ -468,7 +469,7 @@ def test_an_adapter_that_is_off_takes_no_optimiser_step(
         optimisers.append(plain(*args, **kwargs))
         return optimisers[-1]
 
-    monkeypatch.setattr(torch.optim, "AdamW", note)
+    monkeypatch.setitem(training._OPTIMISERS, "adamw", note)
     decaying = Train(learning_rate=0.02, batch_size=8, weight_decay=0.5)
     six = vit.trained(ON, train=decaying)
     (optimiser,) = optimisers

@@ -21,15 +21,18 @@ from common.config import Experiment
 from common.errors import FedcopraError
 from common.features import extract_features
 from common.lowrank import is_factor
+from common.memory import under
 from common.messages import (
     Outcome,
     Plan,
-    count_bytes,
     pack_instruction,
     pack_update,
+    recall,
     unpack_instruction,
+    unpack_scores,
     unpack_update,
 )
+from common.rules import NO_RULES
 from common.shards import deal_shards
 from common.tensors import Tensors, digest, part_of, weighted_mean
 from server.evaluation import Evaluator
@@ -38,7 +41,7 @@ from server.local_grid import LocalGrid
 from server.record import build_record, read_run, write_run
 from server.report import write_report
 from server.simulation import Finished, simulate
-from strategies import STRATEGIES
+from strategies import STRATEGIES, resolve
 from strategies.base import Served
 
 Build = Callable[..., Experiment]
@@ -67,14 +70,14 @@ def statuses(row: Mapping[str, Any]) -> dict[int, str]:
 
 @dataclass
 class Observed:
-    """Clients that do their work and let every message be seen."""
+    """Clients that do their work and let every message of training be seen."""
 
     sent: list[tuple[Plan, dict[str, Tensor], RecordDict]]
     returned: list[tuple[Outcome, dict[str, Tensor], RecordDict]]
 
     def __call__(self, message: Message, context: Context) -> Message:
         reply = client_app(message, context)
-        if message.metadata.message_type == "train":
+        if message.metadata.message_type.startswith("train"):
             self.sent.append((*unpack_instruction(message.content), message.content))
             self.returned.append((*unpack_update(reply.content), reply.content))
         return reply
@@ -134,6 +137,9 @@ def test_the_order_of_runs_in_one_process_does_not_matter(digits_experiment: Bui
         digits_experiment(strategy__name="copra-merge", adapter__ranks=[2, 4]),
         digits_experiment(strategy__name="local-only", adapter__ranks=[2, 4]),
         digits_experiment(strategy__name="centralised"),
+        digits_experiment(strategy__name="flora"),
+        digits_experiment(strategy__name="fedsa-lora", wire__up="int4"),
+        digits_experiment(strategy__name="scaffold"),
     ]
     forward = [done.outcomes.digest for done in simulate(experiments, ignore)]
     backward = [done.outcomes.digest for done in simulate(experiments[::-1], ignore)]
@@ -155,22 +161,31 @@ def test_copra_changes_the_outcome_but_not_the_start(digits_experiment: Build) -
 
 
 def test_all_strategies_start_from_the_same_model(digits_experiment: Build) -> None:
+    expected = run(digits_experiment(federation__rounds=1)).start
     for name in STRATEGIES:
         start = run(digits_experiment(strategy__name=name, federation__rounds=1)).start
-        assert start == run(digits_experiment(federation__rounds=1)).start, name
+        assert start == expected, name
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_number_of_workers_does_not_matter(digits_experiment: Build, workers: int) -> None:
-    """One, two, four (more than there are cores, here and there) and none at all."""
+    """One, two, four (more than there are cores, here and there) and none at all.
+
+    With few workers there are more runs than lanes: what clients remember of one must not reach
+    another.
+    """
 
     def digests(workers: int) -> list[str]:
         settings = {"partition__clients": 4, "federation__workers": workers}
         uneven = {"adapter__ranks": [2, 4], "adapter__dropout": 0.1, "copra__enabled": True}
+        remembering = {"wire__up": "int8", "wire__down": "float16", "federation__rounds": 3}
+        some = {"federation__fraction": 0.5}
         experiments = [
             digits_experiment(**settings, strategy__name="dense-oracle"),
             digits_experiment(**settings, strategy__name="copra-merge", **uneven),
+            digits_experiment(**settings, strategy__name="flexlora", **remembering, **some),
+            digits_experiment(**settings, strategy__name="fedsa-lora", **some),
         ]
         return [done.outcomes.digest for done in simulate(experiments, ignore)]
 
@@ -250,7 +265,7 @@ def test_the_mean_without_a_refused_client_is_that_of_the_others(
     seen = observed()
     run(experiment, seen)
     others = [(o.num_examples, tensors) for o, tensors, _ in seen.returned if o.client != 1]
-    expected = weighted_mean(*map(list, zip(*others, strict=True)))  # type: ignore[arg-type]
+    expected = weighted_mean(others)
     outcomes = run(experiment, faulty(1, with_nan))
     assert digest(outcomes.served[0].tensors) == digest(expected)
 
@@ -315,6 +330,8 @@ def only_tensors(outcome: Outcome, tensors: dict[str, Tensor]) -> RecordDict:
         (with_a_dotted_surprise, "vit.layers.0.bias"),
         (with_a_residual, "residual"),
         (transposed, "shape"),
+        (in_float64, "dtype torch.float64"),
+        (in_integers, "dtype torch.int64"),
         (of_another_client, "client 2"),
         (of_no_examples, "num-examples = 0"),
         (nothing, "cannot be read"),
@@ -329,22 +346,6 @@ def test_a_reply_that_is_not_what_was_asked_for_is_refused_and_the_run_goes_on(
     assert [statuses(row)[1] for row in outcomes.rounds] == ["refused", "ok"]
     assert says in outcomes.rounds[0]["clients"][1]["reason"]
     assert outcomes.digest == run(experiment, failing([1], rounds=[1])).digest
-
-
-@pytest.mark.parametrize("fault", [in_float64, in_integers])
-@pytest.mark.parametrize("name", ["fedavg", "ffa-lora"])
-def test_a_reply_in_another_dtype_does_not_change_what_is_served(
-    digits_experiment: Build, fault: Fault, name: str
-) -> None:
-    """States are float32, and twice the bytes of one client must not become those of all."""
-    experiment = digits_experiment(strategy__name=name)
-    outcomes = run(experiment, faulty(0, fault, rounds=[1]))
-    assert {t.dtype for t in outcomes.served[0].tensors.values()} == {torch.float32}
-    plain = run(experiment)
-    assert (
-        outcomes.rounds[1]["bytes"]["down"]["adapter"]
-        == (plain.rounds[1]["bytes"]["down"]["adapter"])
-    )
 
 
 def test_a_loss_that_is_no_number_does_not_spoil_the_record(digits_experiment: Build) -> None:
@@ -397,7 +398,9 @@ def test_if_all_clients_fail_in_a_round_the_model_stays(
     experiment = digits_experiment(strategy__name=name)
     first, second = run(experiment, failing([0, 1, 2], rounds=[2])).rounds
     assert set(statuses(second).values()) == {"failed"}
-    assert (second["accuracy"], second["loss"]) == (first["accuracy"], first["loss"])
+    for score in ("accuracy", "loss", "own_accuracy", "own_loss"):
+        assert second[score] == first[score]
+    assert second["own_loss"] is not None
     assert second["aggregation_error"] is None
     assert "stays" in second["merge"]["decision"]
     assert second["bytes"]["up"]["total"] == 0
@@ -422,61 +425,91 @@ def numbers(tensors: Tensors, *parts: str) -> int:
     return sum(tensor.numel() for name, tensor in tensors.items() if part_of(name) in parts)
 
 
+def kind(name: str) -> str:
+    """Say what a tensor is counted as, from what its name looks like."""
+    if name.startswith("control/"):
+        return "control"
+    if name.startswith("base.") or ".residual." in name:
+        return "residual"
+    if any(word in name for word in (".sketch.", ".basis.", ".projection.")):
+        return "sketch"
+    return "head" if name.startswith("head.") else {"A": "A", "B": "B"}[name.split("lora_")[1][0]]
+
+
 @pytest.mark.parametrize("name", list(STRATEGIES))
 def test_bytes_are_those_of_the_messages_by_kind(digits_experiment: Build, name: str) -> None:
+    """Of every client, of the round, and in the record of both."""
+    from flwr.common.serde import recorddict_to_proto
+
     experiment = digits_experiment(strategy__name=name)
     seen = observed()
     outcomes = run(experiment, seen)
     assert [row["round"] for row in outcomes.rounds] == [1, 2]
+    expected: dict[tuple[int, int, str], dict[str, int]] = {}
+    for (plan, down, question), (_, up, reply) in zip(seen.sent, seen.returned, strict=True):
+        for direction, tensors, content in (("down", down, question), ("up", up, reply)):
+            counted = expected.setdefault((plan.round, plan.client, direction), {})
+            length = len(recorddict_to_proto(content).SerializeToString())
+            payload = sum(t.numel() * t.element_size() for t in tensors.values())
+            for key, size in [
+                *((kind(n), t.numel() * t.element_size()) for n, t in tensors.items()),
+                ("protocol", length - payload),
+                ("total", length),
+            ]:
+                counted[key] = counted.get(key, 0) + size
     for row in outcomes.rounds:
-        down = [(t, content) for plan, t, content in seen.sent if plan.round == row["round"]]
-        half = len(seen.returned) // 2
-        up = [(t, content) for _, t, content in seen.returned[(row["round"] - 1) * half :][:half]]
-        for direction, messages in (("down", down), ("up", up)):
-            counted = row["bytes"][direction]
-            factors = sum(numbers(tensors, "lora_A", "lora_B") for tensors, _ in messages)
-            assert counted["adapter"] == 4 * factors
-            assert counted["head"] == 4 * sum(numbers(tensors, "head") for tensors, _ in messages)
-            residuals = sum(numbers(tensors, "residual") for tensors, _ in messages)
-            assert counted.get("residual", 0) == 8 * residuals
-            total = sum(count_bytes(content, tensors)["total"] for tensors, content in messages)
-            assert counted["total"] == total
-            kinds = {kind: n for kind, n in counted.items() if kind != "total"}
-            assert counted["total"] == sum(kinds.values())
-            assert counted["protocol"] > 0
+        for direction in ("down", "up"):
+            together: dict[str, int] = {}
+            for client in row["clients"]:
+                counted = expected[row["round"], client["client"], direction]
+                assert client["bytes"][direction] == counted
+                assert counted["protocol"] > 0
+                for key, size in counted.items():
+                    together[key] = together.get(key, 0) + size
+            assert row["bytes"][direction] == together
+    first_down = outcomes.rounds[0]["bytes"]["down"]
+    # What no client can draw: control variates, and what the method asks in between.
+    assert not first_down.keys() & {"A", "B", "head"}
 
 
-def test_bytes_are_counted_on_the_serialised_form(digits_experiment: Build) -> None:
-    from flwr.common.serde import recorddict_to_proto
-
-    seen = observed()
-    run(digits_experiment(federation__rounds=1), seen)
-    _, tensors, content = seen.sent[0]
-    length = len(recorddict_to_proto(content).SerializeToString())
-    counted = count_bytes(content, tensors)
-    assert counted["total"] == length
-    assert counted["adapter"] + counted["head"] < length
+def test_the_client_that_fails_has_what_it_was_sent_on_its_account(
+    digits_experiment: Build,
+) -> None:
+    outcomes = run(digits_experiment(), failing([2], rounds=[2]))
+    for row in outcomes.rounds:
+        for direction in ("up", "down"):
+            totals = [c["bytes"].get(direction, {}).get("total", 0) for c in row["clients"]]
+            assert row["bytes"][direction]["total"] == sum(totals)
+    failed = outcomes.rounds[1]["clients"][2]["bytes"]
+    assert failed["down"]["A"] == 8 * 16 * 4 * 4
+    assert "up" not in failed
 
 
 def test_ffa_lora_sends_no_a(digits_experiment: Build) -> None:
     """Per client and direction: 8 modules of 16x16 at rank 4, B alone; a head of 10x16 + 10."""
     seen = observed()
     outcomes = run(digits_experiment(strategy__name="ffa-lora"), seen)
-    for _, tensors, _ in [*seen.sent, *seen.returned]:
+    for plan, tensors, _ in seen.sent:
+        parts = {"lora_B", "head"} if plan.round > 1 else set()
+        assert {part_of(name) for name in tensors} == parts
+    for _, tensors, _ in seen.returned:
         assert {part_of(name) for name in tensors} == {"lora_B", "head"}
-    for row in outcomes.rounds:
-        for direction in ("up", "down"):
-            assert row["bytes"][direction]["adapter"] == 3 * 8 * 16 * 4 * 4
-            assert row["bytes"][direction]["head"] == 3 * 170 * 4
     whole = run(digits_experiment(strategy__name="fedavg"))
-    assert whole.rounds[0]["bytes"]["up"]["adapter"] == 2 * 3 * 8 * 16 * 4 * 4
+    for number, direction in ((0, "up"), (1, "up"), (1, "down")):
+        counted = outcomes.rounds[number]["bytes"][direction]
+        assert counted["B"] == 3 * 8 * 16 * 4 * 4
+        assert counted["head"] == 3 * 170 * 4
+        assert "A" not in counted
+        both = whole.rounds[number]["bytes"][direction]
+        assert both["A"] == both["B"] == counted["B"]
 
 
 def test_a_head_that_is_not_trained_neither_travels_nor_changes(digits_experiment: Build) -> None:
     experiment = digits_experiment(adapter__train_head=False)
     seen = observed()
     outcomes = run(experiment, seen)
-    for _, tensors, _ in [*seen.sent, *seen.returned]:
+    later = [tensors for plan, tensors, _ in seen.sent if plan.round > 1]
+    for tensors in [*later, *(tensors for _, tensors, _ in seen.returned)]:
         assert {part_of(name) for name in tensors} == {"lora_A", "lora_B"}
     initial = Evaluator(experiment).initial(0)
     for name, tensor in outcomes.served[0].tensors.items():
@@ -499,7 +532,20 @@ def test_a_client_starts_from_what_it_is_sent_and_from_the_common_start_for_the_
         for name, tensor in start.items()
         if part_of(name) in trains
     }
-    plan = Plan(experiment.model_dump_json(), client, (client,), 2, 1, trains)
+    plan = Plan(
+        experiment=experiment.model_dump_json(),
+        run="a run",
+        client=client,
+        shards=(client,),
+        round=2,
+        steps=1,
+        trains=trains,
+        parcel=1,
+        since=0,
+        fresh=tuple({"lora_A", "lora_B", "head"} - set(trains)),
+        restart=0,
+        rules=NO_RULES,
+    )
     grid = LocalGrid(client_app, 3)
     message = Message(pack_instruction(plan, sent), dst_node_id=client + 2, message_type="train")
     (reply,) = grid.send_and_receive([message])
@@ -516,7 +562,7 @@ def test_a_client_starts_from_what_it_is_sent_and_from_the_common_start_for_the_
     (reply,) = grid.send_and_receive([message])
     outcome, _ = unpack_update(reply.content)
     shard = deal_shards(whole.task, whole.partition, 0)[client]
-    rows = extract_features(model.backbone, "image", task.train.select(shard.rows))
+    rows = extract_features(model.backbone.preprocessor, task.train.select(shard.rows))
     model.load({**start, **sent}, rank, task)
     batch = rows.batch(torch.arange(len(rows)), model.backbone.device)
     with torch.no_grad():
@@ -527,7 +573,7 @@ def test_a_client_starts_from_what_it_is_sent_and_from_the_common_start_for_the_
 def test_clients_of_unequal_ranks_get_and_return_their_own(digits_experiment: Build) -> None:
     seen = observed()
     run(digits_experiment(strategy__name="copra-merge", adapter__ranks=[2, 4, 1]), seen)
-    messages = [(plan.client, t) for plan, t, _ in seen.sent]
+    messages = [(plan.client, t) for plan, t, _ in seen.sent if plan.round > 1]
     messages += [(outcome.client, t) for outcome, t, _ in seen.returned]
     for client, tensors in messages:
         rank = [2, 4, 1][client]
@@ -630,12 +676,19 @@ def test_a_federation_of_several_tasks_trains_every_head(
         **{"strategy__name": name, "strategy__copra-merge__probe_examples": 12},
     )
     outcomes = run(experiment)
+    strategy = resolve(experiment)
     assert outcomes.start.tasks.keys() == {"reviews-1.0", "genres-1.5"}
     for row in outcomes.rounds:
+        assert 0 <= row["own_accuracy"] <= 1
+        if strategy.personalised:
+            assert row["accuracy"] is None
+            continue
         assert row["tasks"].keys() == {"reviews-1.0", "genres-1.5"}
         mean = sum(task["accuracy"] for task in row["tasks"].values()) / 2
         assert row["accuracy"] == pytest.approx(mean)
     initial = Evaluator(experiment).initial(0)
+    if "head" in strategy.rules.keeps:
+        return
     for model in outcomes.served:
         for head in (n for n in model.tensors if n.startswith("head.")):
             assert not torch.equal(model.tensors[head], initial[head]), head
@@ -672,8 +725,9 @@ def test_scores_are_of_the_held_out_rows(digits_experiment: Build) -> None:
         evaluator = Evaluator(experiment)
         (task,) = evaluator.tasks
         model, state = evaluator.model, evaluator.initial(0)
-        scores = evaluator.evaluate([Served(state, 4)])
-        rows = extract_features(model.backbone, "image", getattr(task, split))
+        shards = deal_shards(experiment.task, experiment.partition, 0)
+        scores = evaluator.evaluate([Served(state, 4)], shards)
+        rows = extract_features(model.backbone.preprocessor, getattr(task, split))
         model.load(state, 4, task)
         batch = rows.batch(torch.arange(len(rows)), model.backbone.device)
         with torch.no_grad():
@@ -684,6 +738,102 @@ def test_scores_are_of_the_held_out_rows(digits_experiment: Build) -> None:
         assert scores.loss == pytest.approx(float(loss), abs=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [0.2, 100.0])
+def test_own_scores_weight_the_rows_like_each_clients_labels(
+    digits_experiment: Build, alpha: float
+) -> None:
+    """Label by label, by hand: `Σ_c p_k(c)·mean over the held-out rows of label c`, then over k."""
+    experiment = digits_experiment(
+        partition__kind="dirichlet", partition__alpha=alpha, partition__min_examples=1
+    )
+    evaluator = Evaluator(experiment)
+    (task,) = evaluator.tasks
+    model, state = evaluator.model, evaluator.initial(0)
+    shards = deal_shards(experiment.task, experiment.partition, 0)
+    # A head that prefers some labels, so that clients differ.
+    state["head.digits.classifier.bias"] = torch.arange(10) / 5
+    rows = extract_features(model.backbone.preprocessor, task.test)
+    model.load(state, 4, task)
+    batch = rows.batch(torch.arange(len(rows)), model.backbone.device)
+    with torch.no_grad():
+        logits = model.logits(batch).double()
+    hits = (logits.argmax(dim=1) == batch.labels).double()
+    losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+
+    def by_hand(values: Tensor, client: int) -> float:
+        labels = task.train.labels[shards[client].rows]
+        means = [
+            float(values[batch.labels == label].mean()) * float((labels == label).mean())
+            for label in range(10)
+        ]
+        return sum(means)
+
+    apart = [(by_hand(hits, k), by_hand(losses, k)) for k in range(3)]
+    scores = evaluator.evaluate([Served(state, 4)], shards)
+    assert scores.own_accuracy == pytest.approx(sum(a for a, _ in apart) / 3)
+    assert scores.own_loss == pytest.approx(sum(b for _, b in apart) / 3, abs=1e-5)
+    own = evaluator.evaluate([Served(state, 4, client=1)], shards)
+    assert (own.own_accuracy, own.own_loss) == pytest.approx(apart[1], abs=1e-5)
+    assert abs(apart[0][1] - apart[1][1]) > (0.02 if alpha < 1 else 0.0)
+
+
+def test_a_personalised_run_is_scored_by_its_clients_alone(digits_experiment: Build) -> None:
+    """The clients' figures, through the bridge, are those of their own models."""
+    experiment = digits_experiment(
+        strategy__name="fedsa-lora",
+        partition__kind="dirichlet",
+        partition__min_examples=1,
+        federation__rounds=1,
+    )
+    said: list[tuple[int, float, float]] = []
+    trained: dict[int, dict[str, Tensor]] = {}
+
+    def clients(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type == "train":
+            plan, _ = unpack_instruction(message.content)
+            memory = recall(context.state, plan.client, plan.run)
+            trained[plan.client] = dict(under("kept/", memory.own))
+        if message.metadata.message_type == "evaluate":
+            said.append(unpack_scores(reply.content))
+        return reply
+
+    outcomes = run(experiment, clients)
+    (row,) = outcomes.rounds
+    assert (row["accuracy"], row["loss"]) == (None, None)
+    assert [client for client, _, _ in said] == [0, 1, 2]
+    evaluator = Evaluator(experiment)
+    shards = deal_shards(experiment.task, experiment.partition, 0)
+    for client, accuracy, loss in said:
+        mine = {**outcomes.served[0].tensors, **trained[client]}
+        own = evaluator.evaluate([Served(mine, 4, client=client)], shards)
+        assert (own.own_accuracy, own.own_loss) == pytest.approx((accuracy, loss), abs=1e-6)
+    assert row["own_accuracy"] == pytest.approx(sum(a for _, a, _ in said) / 3)
+    assert row["own_loss"] == pytest.approx(sum(b for _, _, b in said) / 3)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_how_often_a_run_is_scored_changes_neither_its_digest_nor_its_bytes(
+    digits_experiment: Build, name: str
+) -> None:
+    settings = {"strategy__name": name, "federation__rounds": 5, "federation__fraction": 0.7}
+    often = run(digits_experiment(**settings))
+    seldom = run(digits_experiment(**settings, federation__evaluate_every=3))
+    assert seldom.digest == often.digest
+    keys = ("A", "B", "head", "residual", "control", "sketch")
+    for row, other in zip(often.rounds, seldom.rounds, strict=True):
+        for direction in ("up", "down"):
+            counted, mine = row["bytes"][direction], other["bytes"][direction]
+            assert {k: counted.get(k) for k in keys} == {k: mine.get(k) for k in keys}
+        scored = other["round"] in (3, 5)
+        assert (other["own_loss"] is not None) == scored
+        if scored:
+            assert other["own_loss"] == row["own_loss"]
+            assert other["loss"] == row["loss"]
+        else:
+            assert "evaluation" not in other["bytes"]
+
+
 def test_the_probe_gives_the_losses_of_its_own_rows_in_order(digits_experiment: Build) -> None:
     experiment = digits_experiment()
     evaluator = Evaluator(experiment)
@@ -691,7 +841,7 @@ def test_the_probe_gives_the_losses_of_its_own_rows_in_order(digits_experiment: 
     state = evaluator.initial(0)
     probe = evaluator.probe(40, 4)
     assert probe is not None
-    rows = extract_features(evaluator.model.backbone, "image", task.probe)
+    rows = extract_features(evaluator.model.backbone.preprocessor, task.probe)
     evaluator.model.load(state, 4, task)
     batch = rows.batch(torch.arange(40), evaluator.model.backbone.device)
     with torch.no_grad():
@@ -719,7 +869,9 @@ def test_runs_that_start_while_others_evaluate_do_not_disturb_them(
 
     monkeypatch.setattr(AutoModelForImageClassification, "from_config", slowly)
     load_adapted_backbone.cache_clear()
-    evaluator = Evaluator(digits_experiment())
+    experiment = digits_experiment()
+    shards = deal_shards(experiment.task, experiment.partition, 0)
+    evaluator = Evaluator(experiment)
     late = [
         threading.Thread(target=lambda: evaluator.initial(0), name=f"{0.2 + 0.07 * k}")
         for k in range(8)
@@ -729,7 +881,7 @@ def test_runs_that_start_while_others_evaluate_do_not_disturb_them(
     time.sleep(0.05)
     losses = set()
     while any(thread.is_alive() for thread in late) or not losses:
-        losses.add(evaluator.evaluate([Served(evaluator.initial(0), 4)]).loss)
+        losses.add(evaluator.evaluate([Served(evaluator.initial(0), 4)], shards).loss)
     assert len(losses) == 1
 
 

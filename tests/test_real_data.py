@@ -53,7 +53,7 @@ def test_every_zip_of_pictures_is_read_whole(name: str, size: tuple[int, int], m
     pictures = [open_picture(picture) for picture in task.train.inputs[:20]]
     assert {(p.size, p.mode) for p in pictures} == {(size, mode)}
     backbone = load_backbone(Backbone(name="glyph-vit"), "image", "cpu")
-    rows = extract_features(backbone, "image", task.probe)
+    rows = extract_features(backbone.preprocessor, task.probe)
     assert rows.inputs["pixel_values"].shape == (100, 1, 28, 28)
 
 

@@ -13,22 +13,30 @@ from typing import Any
 
 import matplotlib
 import pytest
-from synthetic_records import CLIENTS, by_task_record, synthetic_record, synthetic_study
+from synthetic_records import (
+    CLIENTS,
+    MODULES,
+    by_task_record,
+    synthetic_record,
+    synthetic_study,
+)
 
 from common.errors import FedcopraError
 from server import report, wording
 from server.comparison import by_label, compare
 from server.drawing import PALETTE, marks
 from server.figures import panels
-from server.findings import headline
+from server.findings import headline, traffic
 from server.report import render, toml_like, write_report
 
-SECTIONS = ("results", "figures", "copra", "decisions", "reproduce")
+SECTIONS = ("results", "own", "figures", "ledger", "copra", "decisions", "reproduce")
 FIGURES = (
     "accuracy-by-round",
     "accuracy-by-bytes",
+    "own-accuracy-by-round",
     "examples-by-client",
     "aggregation-error",
+    "aggregation-error-by-layer",
     "seconds-by-part",
 )
 
@@ -76,7 +84,8 @@ def conclusions(records: list[dict[str, Any]]) -> dict[str, str]:
 def test_every_section_and_figure_is_there_in_order(study_page: str) -> None:
     ids = Document(study_page).ids
     found = [name for name in ids if name in {*SECTIONS, *FIGURES}]
-    assert found == ["results", "figures", *FIGURES, "copra", "decisions", "reproduce"]
+    before, after = SECTIONS[:3], SECTIONS[3:]
+    assert found == [*before, *FIGURES, *after]
     assert Document(study_page).tags.count("svg") > len(FIGURES)
 
 
@@ -205,6 +214,113 @@ def test_by_task_runs_show_tasks() -> None:
     assert "By task" in Document(page_of(records)).text
 
 
+def test_a_personalised_method_is_judged_on_own_labels_alone() -> None:
+    records = [synthetic_record(name, seed) for name in ("fedavg", "fedsa-lora") for seed in (0, 1)]
+    by_name = {panel.name: panel for panel in panels(by_label(records))}
+    for name in ("accuracy-by-round", "accuracy-by-bytes"):
+        assert [key.label for key in by_name[name].legend] == ["fedavg"]
+        assert "fedsa-lora" not in by_name[name].conclusion
+    assert [key.label for key in by_name["own-accuracy-by-round"].legend] == [
+        "fedavg",
+        "fedsa-lora",
+    ]
+    said = headline(by_label(records), compare(records))
+    assert "fedavg ends at" in said[0]
+    assert "fedsa-lora, personalised, ends at" in " ".join(said)
+    assert "Against fedavg, judged alike, it is" in " ".join(said)
+    assert "No finite final value" not in " ".join(said)
+    assert "own-accuracy-by-round" not in [
+        panel.name for panel in panels(by_label([synthetic_record("fedavg")]))
+    ]
+
+
+def test_a_page_of_personalised_methods_alone() -> None:
+    page = page_of([synthetic_record("fedsa-lora", seed) for seed in (0, 1)])
+    document = Document(page)
+    assert "there is no single model to score" in document.text
+    assert "accuracy-by-round" not in document.ids
+    assert "own-accuracy-by-round" in document.ids
+    assert "fedsa-lora, personalised, ends at" in document.text
+    assert not re.search(r"\bnan\b|\bNone\b", document.text)
+
+
+def test_rounds_without_scores_are_bridged() -> None:
+    """The line is drawn straight between scores, and still climbs in the last quarter."""
+    record = synthetic_record("fedavg", rounds=12, evaluate_every=5)
+    found = {panel.name: panel for panel in panels(by_label([record]))}
+    assert "fedavg still gained more than a point" in found["accuracy-by-round"].conclusion
+    flat = synthetic_record("fedavg", rounds=12, evaluate_every=5)
+    for entry in flat["rounds"][4:]:
+        entry["accuracy"] = entry["accuracy"] and 0.8
+    flat["final"]["accuracy"] = 0.8
+    assert "No line gained" in conclusions([flat])["accuracy-by-round"]
+    assert not re.search(r"\bnan\b|\bNone\b", Document(page_of([record])).text)
+
+
+def test_layers_are_those_of_the_first_label_that_misses_something() -> None:
+    records = [synthetic_record(name) for name in ("flora", "fedavg")]
+    for entry in records[1]["rounds"]:
+        entry["modules"]["vit.layers.2.attention.v_proj"]["factor_covariance"] = 0.77
+    panel = {p.name: p for p in panels(by_label(records))}["aggregation-error-by-layer"]
+    assert panel.shows.startswith("fedavg, by module")
+    assert "most in 2.v_proj (77%)" in panel.conclusion
+    assert "averaging the factors would miss 5.8% of the exact mean" in panel.conclusion
+    assert panel.drawing.count("aggregation error") == 1
+    assert len(panel.numbers) == 2 * len(MODULES)
+    # Where the factors are averaged, both maps would be the same.
+    for entry in records[1]["rounds"]:
+        for module in entry["modules"].values():
+            module["aggregation_error"] = module["factor_covariance"]
+    panel = {p.name: p for p in panels(by_label(records))}["aggregation-error-by-layer"]
+    assert "aggregation error" not in panel.drawing
+    assert "because it averages the factors" in panel.shows
+
+
+def test_small_covariances_are_called_small() -> None:
+    record = synthetic_record("flora")
+    for entry in record["rounds"]:
+        entry["factor_covariance"] /= 100
+    said = conclusions([record])["aggregation-error-by-layer"]
+    assert "next to nothing to put right" in said
+    assert (
+        "next to nothing"
+        not in conclusions([synthetic_record("flora")])["aggregation-error-by-layer"]
+    )
+
+
+def test_bytes_are_told_by_kind_and_direction() -> None:
+    records = [
+        synthetic_record(name) for name in ("fedavg", "ffa-lora", "fedsa-lora", "local-only")
+    ]
+    for entry in records[1]["rounds"]:
+        for kinds in (entry["bytes"]["down"], *(c["bytes"]["down"] for c in entry["clients"])):
+            kinds["residual"] = 3 * kinds["total"]
+            kinds["total"] *= 4
+    said = " ".join(traffic(compare(records)["ledger"]))
+    assert "A client of fedsa-lora sends and receives 60.6 kB a round, both ways, the least" in said
+    assert "one of ffa-lora 152 kB, the most" in said
+    assert "A client of ffa-lora receives 4 times what it sends" in said
+    assert "Asking clients of fedsa-lora to score their own models took 4.8 kB a run" in said
+    assert "local-only" not in said
+    page = page_of(records)
+    ledger = page[page.index('id="ledger"') : page.index('id="copra"')]
+    headings = re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', ledger)
+    assert headings[2:6] == ["A", "B", "head", "residual"]
+    assert "local-only" not in ledger
+
+
+def test_budgets_name_who_is_ahead_and_only_once_someone_is() -> None:
+    records = [
+        synthetic_record(name, rounds=4, evaluate_every=2) for name in ("fedavg", "ffa-lora")
+    ]
+    panel = {p.name: p for p in panels(by_label(records))}["accuracy-by-bytes"]
+    # A quarter of the cheapest is one of its rounds, and no first round was scored.
+    assert "by 606 kB" not in panel.conclusion
+    assert "Ahead on average: ffa-lora by 1.21 MB" in panel.conclusion
+    assert panel.columns == ("Method", "by 606 kB", "by 1.21 MB", "by 2.42 MB", "in all")
+    assert [row[0] for row in panel.numbers] == ["fedavg", "ffa-lora"]
+
+
 def test_experiment_reads_like_its_file() -> None:
     assert toml_like({"a": {"b": 1, "gone": None, "c": {"d": ["x"]}}, "top": True}) == (
         'top = true\n\n[a]\nb = 1\n\n[a.c]\nd = ["x"]'
@@ -224,7 +340,18 @@ def test_odd_records_still_make_a_page() -> None:
     only_control = [synthetic_record("centralised", rounds=1)]
     no_clients = synthetic_record("fedavg", rounds=1)
     no_clients["task"]["clients"] = []
-    for records in ([diverged], [unmeasured, diverged], many, only_control, [no_clients]):
+    unlayered = synthetic_record("fedavg", label="unlayered")
+    for entry in unlayered["rounds"][::2]:
+        del entry["modules"]
+    del unlayered["rounds"][1]["modules"]["vit.layers.0.attention.q_proj"]
+    for records in (
+        [diverged],
+        [unmeasured, diverged],
+        many,
+        only_control,
+        [no_clients],
+        [unlayered],
+    ):
         text = Document(page_of(records)).text
         assert not re.search(r"\bnan\b|\bNone\b", text)
 
@@ -296,7 +423,7 @@ def test_mistakes_name_the_folder(tmp_path: Path) -> None:
     broken.write_text('{"format": 7}', encoding="utf-8")
     with pytest.raises(FedcopraError, match="format = 7"):
         write_report([tmp_path / "broken"], out)
-    broken.write_text('{"format": 1, "label": "x"}', encoding="utf-8")
+    broken.write_text('{"format": 2, "label": "x"}', encoding="utf-8")
     with pytest.raises(FedcopraError, match=r"seed, experiment.* is missing"):
         write_report([tmp_path / "broken"], out)
     assert not out.exists()

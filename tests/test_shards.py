@@ -10,7 +10,7 @@ import pytest
 
 from common.config import Partition, Task, TaskSource
 from common.errors import DataError
-from common.shards import Shard, deal_shards
+from common.shards import Shard, deal_label_mixes, deal_shards
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +213,37 @@ def test_by_task_is_deterministic_by_seed(members: tuple[TaskSource, ...]) -> No
 def test_by_task_names_the_member_with_too_few_rows(members: tuple[TaskSource, ...]) -> None:
     with pytest.raises(DataError, match="three"):
         deal_members(members, 3 * 33)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.5, 100.0])
+def test_label_mixes_have_one_size_and_no_row_twice(alpha: float) -> None:
+    labels = np.repeat(np.arange(6), [86, 1250, 1162, 1223, 835, 896])
+    shards = deal_label_mixes(labels, alpha, clients=20, seed=3)
+    assert {len(rows) for rows in shards} == {len(labels) // 20}
+    dealt = np.concatenate(shards)
+    assert len(np.unique(dealt)) == len(dealt)
+
+
+def test_a_small_alpha_skews_label_mixes_and_a_large_one_does_not() -> None:
+    labels = np.repeat(np.arange(6), 200)
+    largest = {
+        alpha: np.mean(
+            [
+                np.bincount(labels[rows], minlength=6).max() / len(rows)
+                for rows in deal_label_mixes(labels, alpha, clients=12, seed=0)
+            ]
+        )
+        for alpha in (0.01, 0.5, 100.0)
+    }
+    # Clients late in the queue have to make do with what is left.
+    assert largest[0.01] > 0.85
+    assert 0.4 < largest[0.5] < 0.85
+    assert largest[100.0] < 0.3
+
+
+def test_label_mixes_are_a_function_of_the_seed() -> None:
+    labels = np.repeat(np.arange(5), 40)
+    once, again = (deal_label_mixes(labels, 0.1, 8, seed=5) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
+    other = deal_label_mixes(labels, 0.1, 8, seed=6)
+    assert not all(np.array_equal(a, b) for a, b in zip(once, other, strict=True))

@@ -397,7 +397,7 @@ def test_a_picture_that_cannot_be_decoded_is_refused_by_name(
     pictures = [*task.train.inputs, *task.validation.inputs]
     whole = Split(pictures, np.zeros(len(pictures), dtype=np.int64))
     with pytest.raises(DataError, match=r"cat.5\.png"):
-        extract_features(backbone, "image", whole)
+        extract_features(backbone.preprocessor, whole)
 
 
 # --- what is refused ------------------------------------------------------------------------------

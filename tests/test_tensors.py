@@ -6,21 +6,21 @@ import torch
 
 from common.errors import UpdateRefusedError
 from common.seeds import child_seed, numpy_generator, torch_generator
-from common.tensors import check_update, digest, only, weighted_mean
+from common.tensors import RunningMean, check_update, digest, only, part_of, weighted_mean
 
 STATE = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0], [4.0]])}
 
 
 def test_a_weighted_mean_by_hand() -> None:
     other = {"a": torch.tensor([5.0, 6.0]), "b": torch.tensor([[7.0], [8.0]])}
-    mean = weighted_mean([3, 1], [STATE, other])
+    mean = weighted_mean([(3, STATE), (1, other)])
     assert torch.equal(mean["a"], torch.tensor([2.0, 3.0]))
     assert torch.equal(mean["b"], torch.tensor([[4.0], [5.0]]))
     assert mean["a"].dtype == torch.float32
 
 
 def test_a_name_is_averaged_over_those_that_hold_it() -> None:
-    mean = weighted_mean([1, 3], [STATE, {"a": torch.tensor([5.0, 6.0])}])
+    mean = weighted_mean([(1, STATE), (3, {"a": torch.tensor([5.0, 6.0])})])
     assert torch.equal(mean["a"], torch.tensor([4.0, 5.0]))
     assert torch.equal(mean["b"], STATE["b"])
 
@@ -28,18 +28,52 @@ def test_a_name_is_averaged_over_those_that_hold_it() -> None:
 def test_sums_run_in_float64() -> None:
     """In float32 the thousand ones beside 2^25 would vanish."""
     members = [{"x": torch.tensor([float(2**25)])}, *[{"x": torch.tensor([1.0])}] * 1000]
-    mean = weighted_mean([1.0] * 1001, members)["x"]
+    mean = weighted_mean((1.0, member) for member in members)["x"]
     assert float(mean) == pytest.approx((2**25 + 1000) / 1001, rel=1e-7)
 
 
 def test_the_mean_of_one_is_that_one_to_the_bit() -> None:
     one = {"x": torch.randn(50, generator=torch.Generator().manual_seed(0))}
-    assert digest(weighted_mean([7], [one])) == digest(one)
+    assert digest(weighted_mean([(7, one)])) == digest(one)
 
 
-def test_weights_and_members_must_be_as_many() -> None:
-    with pytest.raises(ValueError, match="longer"):
-        weighted_mean([1.0], [STATE, STATE])
+def test_a_running_mean_is_the_mean_of_the_list_and_changes_no_member() -> None:
+    stream = torch.Generator().manual_seed(0)
+    members = [
+        (weight, {"x": torch.randn(20, generator=stream), "y": torch.randn(2, 3, generator=stream)})
+        for weight in (3.0, 1.0, 5.0)
+    ]
+    before = [digest(member) for _, member in members]
+    running = RunningMean()
+    for weight, member in members:
+        running.add(weight, member)
+    assert digest(running.mean()) == digest(weighted_mean(members))
+    assert [digest(member) for _, member in members] == before
+    for name in ("x", "y"):
+        stacked = torch.stack([member[name].double() for _, member in members])
+        expected = torch.tensordot(torch.tensor([3.0, 1.0, 5.0]).double() / 9, stacked, dims=1)
+        torch.testing.assert_close(running.mean()[name], expected.float(), rtol=1e-6, atol=0)
+
+
+def test_the_mean_comes_back_in_the_dtype_that_went_in() -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert weighted_mean([(2, {"x": torch.ones(2, dtype=dtype)})])["x"].dtype == dtype
+    assert weighted_mean([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("vit.layers.0.q.lora_A.weight", "lora_A"),
+        ("vit.layers.0.q.lora_B.weight", "lora_B"),
+        ("head.toy.lora_A.weight", "head"),
+        ("vit.layers.0.q.residual.weight", "residual"),
+        ("vit.layers.0.q.sketch.weight", "sketch"),
+        ("surprise", ""),
+    ],
+)
+def test_a_name_tells_what_part_a_tensor_is(name: str, part: str) -> None:
+    assert part_of(name) == part
 
 
 def test_only_keeps_what_is_named_in_order() -> None:

@@ -13,7 +13,7 @@ from common.lowrank import adapted_modules, factor_names
 from common.memory import Memory, under
 from common.messages import Plan
 from common.residuals import residual_name
-from common.tensors import Tensors
+from common.tensors import Tensors, part_of
 from strategies import STRATEGIES
 from strategies.base import Client, Served, Setting, Strategy, Update
 
@@ -21,6 +21,22 @@ MODULES = {"enc.0.query": (12, 10), "enc.0.value": (10, 10), "enc.1.query": (9, 
 HEAD = {"weight": (3, 10), "bias": (3,)}
 ALPHA = 6.0  # never equal to a rank, so that a forgotten scale shows
 ROWS = (30, 10, 50, 20)  # num_examples of clients 0 to 3, cycled
+
+# So large a τ drowns the second moment: the step is η·Δ/2τ.
+_UNADAPTIVE = {"beta1": 0.0, "tau": 1e6, "learning_rate": 2e6}
+
+# Options with which a method does what the contracts ask of a mean: a sparse merge keeps every
+# entry, nobody prunes a rank, and a server optimiser goes all the way to where the clients are, and
+# no further.
+NEUTRAL: Mapping[str, Mapping[str, Any]] = {
+    "ties": {"density": 1.0},
+    "dare": {"density": 1.0},
+    "hetlora": {"tail_share": 1.0},
+    "fedavgm": {"momentum": 0.0},
+    "fedadagrad": _UNADAPTIVE,
+    "fedadam": {**_UNADAPTIVE, "beta2": 1.0},
+    "fedyogi": {**_UNADAPTIVE, "beta2": 1.0},
+}
 
 RATE = 0.5  # the learning rates of a round, summed
 
@@ -59,7 +75,7 @@ def build(
 ) -> Strategy:
     method = STRATEGIES[name]
     known = setting(rank, scale=scale, ranks=ranks, clients=clients, tasks=tasks)
-    return method.build(method.options(**options), known)
+    return method.build(method.options(**NEUTRAL.get(name, {}) | options), known)
 
 
 def client(number: int, rank: int = 4, task: str = "toy", *, scale: Scale = scale) -> Client:
@@ -141,7 +157,14 @@ def updates_of(
 def _projected(update: Update, memories: Mapping[int, Memory], bases: Tensors) -> Update:
     pending = under("pending/", memories[update.client.client].own)
     answered = answer(pending, update.client.scale, bases)
-    return replace(update, tensors={**update.tensors, **answered})
+    return replace(update, tensors={**update.tensors, **bases, **answered})
+
+
+def model_after(strategy: Strategy, state: Tensors, update: Update, train: Train) -> Tensors:
+    """Return the model a client ended its round with, where the server sees sketches of it only."""
+    trains = strategy.trains(state)
+    end = train(update.client, update.sent)
+    return {**update.sent, **{n: t for n, t in end.items() if part_of(n) in trains}}
 
 
 def play(
@@ -149,13 +172,17 @@ def play(
     rounds: Sequence[Sequence[Client]],
     train: Callable[[int], Train] = drift,
     state: Tensors | None = None,
+    first: int = 0,
 ) -> Tensors:
-    """Return the state after these rounds, from the common start unless another is given."""
+    """Return the state after these rounds, from the common start unless another is given.
+
+    `first` is the number of the first of them.
+    """
     if state is None:
         rank = max(who.rank for clients in rounds for who in clients)
         state = strategy.start(common_start(rank))
     memories: dict[int, Memory] = {}
-    for number, clients in enumerate(rounds):
+    for number, clients in enumerate(rounds, first):
         updates = updates_of(strategy, state, clients, train(number), memories, number)
         state = strategy.merge(state, updates, None).state
     return state

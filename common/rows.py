@@ -1,0 +1,71 @@
+"""Rows of a task as a model takes them, made once a process and only when they are asked for."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from common.adapters import AdaptedBackbone, load_adapted_backbone
+from common.backbones import load_preprocessor
+from common.config import Adapter, Backbone, Task
+from common.features import Features, extract_features, shortest_first
+from common.tasks import LabelledTask, held_out, load_tasks
+
+
+class TrainingRows:
+    """The training rows of a task; where the model has a stem, past it.
+
+    Preprocessing is of all rows at once; the stem, which costs more, of those that clients of this
+    process have asked for.
+    """
+
+    def __init__(self, features: Features, model: AdaptedBackbone) -> None:
+        self._features, self._model = features, model
+        self._past_stem: Features | None = None
+        self._done = torch.zeros(len(features), dtype=torch.bool)
+
+    def select(self, rows: Tensor) -> Features:
+        """Return the rows at these positions."""
+        if not self._model.has_stem:
+            return self._features.select(rows)
+        missing = rows[~self._done[rows]]
+        if len(missing):
+            found = self._model.past_stem(self._features.select(missing))
+            if self._past_stem is None:
+                self._past_stem = found.room_for(len(self._features))
+            self._past_stem.put(missing, found)
+            self._done[missing] = True
+        assert self._past_stem is not None
+        return self._past_stem.select(rows)
+
+
+@functools.lru_cache(maxsize=8)
+def load_training_rows(
+    task: Task, member: str, backbone: Backbone, adapter: Adapter, device: str
+) -> TrainingRows:
+    """Return the training rows of one member of a task, once a process."""
+    labelled = _member(task, member)
+    model = load_adapted_backbone(backbone, labelled.kind, adapter, device)
+    return TrainingRows(_plain(task, member, backbone), model)
+
+
+@functools.lru_cache(maxsize=8)
+def load_held_out_rows(
+    task: Task, member: str, backbone: Backbone, adapter: Adapter, device: str
+) -> Features:
+    """Return the rows that models are scored on, once a process."""
+    labelled = _member(task, member)
+    model = load_adapted_backbone(backbone, labelled.kind, adapter, device)
+    preprocessor = load_preprocessor(backbone, labelled.kind)
+    split = held_out(labelled, task.evaluate_on)
+    return model.past_stem(shortest_first(extract_features(preprocessor, split)))
+
+
+@functools.lru_cache(maxsize=8)
+def _plain(task: Task, member: str, backbone: Backbone) -> Features:
+    labelled = _member(task, member)
+    return extract_features(load_preprocessor(backbone, labelled.kind), labelled.train)
+
+
+def _member(task: Task, name: str) -> LabelledTask:
+    return next(labelled for labelled in load_tasks(task) if labelled.name == name)
