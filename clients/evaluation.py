@@ -2,6 +2,7 @@
 
 from common.adapters import AdaptedBackbone
 from common.config import Experiment
+from common.errors import DataError
 from common.rows import load_held_out_rows
 from common.scoring import losses_and_hits, own_scores
 from common.shards import Shard
@@ -19,4 +20,7 @@ def evaluate_own(
         experiment.train.device,
     )
     losses, hits = losses_and_hits(model, rows, experiment.train.precision)
-    return own_scores(losses, hits, rows.labels, shard.label_counts)
+    scores = own_scores(losses, hits, rows.labels, shard.label_counts)
+    if scores is None:
+        raise DataError(f"client {shard.client} holds only labels that no held-out row has")
+    return scores

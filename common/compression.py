@@ -1,8 +1,8 @@
 """Compression on the wire: fewer bits a number, and what was lost is made up for later.
 
-Numbers are cut into blocks of 64; a block travels as its largest magnitude (bfloat16, rounded up by
-less than 1 %) and one small signed integer a number, rounded to the nearest: int8 has 8.25 bits a
-number and an error of at most 1/252 of the block's largest magnitude, int4 has 4.25 bits and 1/13.
+Numbers are cut into blocks of 64; a block travels as its largest magnitude (bfloat16) and one small
+signed integer a number, both rounded to the nearest: int8 has 8.25 bits a number and an error of at
+most 1/253 of the block's largest magnitude, int4 has 4.25 bits and 1/13.
 bfloat16 has the range of float32, so that this holds for small numbers as for large ones. float16
 is IEEE half precision; what is beyond its 65504 is cut to that. NaN and infinity stay what they
 are, or turn their block into NaN, so that the receiver can refuse them.
@@ -80,11 +80,10 @@ def _to_blocks(tensor: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     flat = tensor.reshape(-1)
     blocks = functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK)
     largest = blocks.abs().amax(dim=1, keepdim=True)
-    # Half a step of bfloat16 up before rounding, so that no number falls outside the scale.
-    scales = (largest * (1 + 2.0**-8)).clamp_min(_SMALLEST_SCALE).to(torch.bfloat16)
-    codes = (blocks / scales.float() * levels).round().clamp(-levels, levels)
-    # An infinite scale gives no codes; decoded, infinity times zero is NaN.
-    return scales, codes.nan_to_num(0.0).to(torch.int8)
+    scales = largest.clamp_min(_SMALLEST_SCALE).to(torch.bfloat16)
+    # Rounding takes less than 1/255 from a scale, so that no code goes beyond the levels.
+    codes = (blocks / scales.float() * levels).round()
+    return scales, codes.to(torch.int8)
 
 
 def _from_blocks(scales: Tensor, codes: Tensor, levels: int, shape: torch.Size) -> Tensor:

@@ -33,14 +33,17 @@ def losses_and_hits(
 
 def own_scores(
     losses: Tensor, hits: Tensor, labels: Tensor, label_counts: Sequence[int]
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Return (accuracy, loss) on rows weighted so that labels are spread as in a client's shard.
 
     `Σ_c p(c)·mean over the rows of label c`, p(c) the client's share of label c: what the client
-    would see on new rows of its own. Labels that no row has are left out of p.
+    would see on new rows of its own. Labels that no row has are left out of p; None if that leaves
+    nothing.
     """
     counts = torch.bincount(labels, minlength=len(label_counts)).double()
     shares = torch.tensor(label_counts, dtype=torch.float64) * (counts > 0)
+    if not shares.any():
+        return None
     weights = (shares / shares.sum() / counts.clamp_min(1))[labels]
     return float(weights @ hits.double()), float(weights @ losses.double())
 

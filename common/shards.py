@@ -93,7 +93,7 @@ def deal_label_mixes(labels: Rows, alpha: float, clients: int, seed: int) -> lis
             mix = mix * (left > 0)
             if mix.sum() <= 0:
                 mix = _mix(concentration, left, stream)
-            taken = np.minimum(stream.multinomial(missing, mix / mix.sum()), left)
+            taken: Any = np.minimum(stream.multinomial(missing, mix / mix.sum()), left)
             for rows, remaining, count in zip(waiting, left, taken, strict=True):
                 parts.append(rows[remaining - count : remaining])
             left, missing = left - taken, missing - int(taken.sum())
@@ -106,7 +106,7 @@ def _mix(concentration: Any, left: Any, stream: np.random.Generator) -> Any:
     mix = np.zeros(len(left))
     there = left > 0
     # A tiny concentration may round every part of a draw to zero: then one label has all.
-    draw = stream.dirichlet(concentration[there])
+    draw: Any = stream.dirichlet(concentration[there])
     if not np.isfinite(draw).all() or draw.sum() <= 0:
         draw = stream.multinomial(1, concentration[there] / concentration[there].sum())
     mix[there] = draw

@@ -70,15 +70,24 @@ class Evaluator:
                     continue
                 losses, hits = self._losses(model, rows)
                 scored.append(Scores(float(hits.double().mean()), float(losses.double().mean())))
-                own += [
-                    Scores(*own_scores(losses, hits, rows.features.labels, shard.label_counts))
+                labels = rows.features.labels
+                found = [
+                    own_scores(losses, hits, labels, shard.label_counts)
                     for shard in holders
                     if model.client in (None, shard.client)
                 ]
+                # A client whose labels no held-out row has cannot be judged, and does not count.
+                own += [Scores(*scores) for scores in found if scores is not None]
             by_task[rows.task.name] = mean_scores(scored)
-        overall, mine = mean_scores(list(by_task.values())), mean_scores(own)
-        tasks = by_task if len(self.tasks) > 1 else {}
-        return Scores(overall.accuracy, overall.loss, mine.accuracy, mine.loss, tasks)
+        overall = mean_scores(list(by_task.values()))
+        mine = mean_scores(own) if own else None
+        return Scores(
+            overall.accuracy,
+            overall.loss,
+            mine.accuracy if mine else None,
+            mine.loss if mine else None,
+            by_task if len(self.tasks) > 1 else {},
+        )
 
     def probe(self, examples: int, rank: int) -> Probe | None:
         """Return the probe on `examples` rows, shared evenly by the tasks; None for 0."""

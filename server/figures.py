@@ -89,7 +89,6 @@ class Panel:
     legend: Sequence[Key] = ()
     columns: Sequence[str] = ()
     numbers: Sequence[Sequence[str]] = ()
-    numbers_shown: bool = False
 
 
 def panels(groups: Groups) -> list[Panel]:
@@ -211,7 +210,6 @@ def accuracy_by_bytes(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
             for row in bought
             if limits
         ],
-        numbers_shown=True,
     )
 
 

@@ -27,6 +27,7 @@ from strategies.fedsvd import FedSVDOptions, fedsvd
 from strategies.ffa_lora import FFALoRAOptions, ffa_lora
 from strategies.flexlora import FlexLoRAOptions, flexlora
 from strategies.flora import FLoRAOptions, flora
+from strategies.geometric_median import GeometricMedianOptions, geometric_median
 from strategies.hetlora import HetLoRAOptions, hetlora
 from strategies.lora_fair import LoRAFAIROptions, lora_fair
 from strategies.robust import (
@@ -212,6 +213,16 @@ STRATEGIES: Mapping[str, Method] = {
         MultiKrumOptions,
         "robust: averages the clients closest to their neighbours, then SVD",
         "arXiv 1703.02757",
+        "inexact",
+        FACTORS,
+        weighting="equal",
+        unequal_ranks=True,
+    ),
+    "geometric-median": Method(
+        geometric_median,
+        GeometricMedianOptions,
+        "robust: the point with the least sum of distances to the clients' deltas, then SVD",
+        "arXiv 1912.13445",
         "inexact",
         FACTORS,
         weighting="equal",

@@ -138,9 +138,16 @@ def krum_scores(distances: Tensor, byzantine: int) -> list[float]:
 
 
 def squared_distances(updates: Sequence[Update]) -> Tensor:
-    """Return `‖x_i - x_j‖²` (K, K), x_k all increments of client k: every module and the head.
+    """Return `‖x_i - x_j‖²` (K, K), x_k all increments of client k: every module and the head."""
+    products = inner_products(updates)
+    lengths = products.diagonal()
+    return (lengths[:, None] + lengths - 2 * products).clamp_min(0)
 
-    Inner products of low-rank matrices come from Gram matrices: with the factors of all ΔW_k and
+
+def inner_products(updates: Sequence[Update]) -> Tensor:
+    """Return `<x_i, x_j>` (K, K), x_k all increments of client k: every module and the head.
+
+    Those of low-rank matrices come from Gram matrices: with the factors of all ΔW_k and
     -S_k stacked as columns P and rows Q, `(PᵀP) ∘ (QQᵀ)` holds those of all pairs of directions.
     The head of another task counts as unchanged.
     """
@@ -156,8 +163,7 @@ def squared_distances(updates: Sequence[Update]) -> Tensor:
         owners = torch.tensor([k for _, k, term in signed for _ in range(term.rank)])
         owned = functional.one_hot(owners, len(updates)).double()
         products += owned.T @ ((P.T @ P) * (Q @ Q.T)) @ owned
-    lengths = products.diagonal()
-    return (lengths[:, None] + lengths - 2 * products).clamp_min(0)
+    return products
 
 
 def _head_products(updates: Sequence[Update]) -> Tensor:

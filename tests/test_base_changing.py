@@ -126,7 +126,9 @@ def test_old_changes_are_forgotten_once_the_residual_is_no_larger() -> None:
         assert kept == 42 * min(number, 5)
         assert base_version(state) == number
     # However large, the latest is kept: a version has no other mark.
-    assert base_version(states(3, rank=10)[-1]) == 3
+    large = states(3, rank=10)[-1]
+    assert base_version(large) == 3
+    assert all(map(is_residual, missed(large, 2)))
 
 
 # --- FLoRA ----------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_all_strategies_start_from_the_same_model(digits_experiment: Build) -> N
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_the_number_of_workers_does_not_matter(digits_experiment: Build, workers: int) -> None:
     """One, two, four (more than there are cores, here and there) and none at all.
 

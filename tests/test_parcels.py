@@ -139,6 +139,16 @@ def test_what_stands_beside_the_model_is_not_taken_for_a_part_of_it(form: Format
     assert digest(client.unpack(parcel)) == digest(parcel.model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_residual_is_never_rounded(dtype: torch.dtype) -> None:
+    """Residuals gather: what is lost of them would never come back."""
+    made, client = parcels("float16"), Holder()
+    model = {**drawn(WHO, 0), residual_name(MODULE): torch.full((4, 3), 1 / 3, dtype=dtype)}
+    parcel = made.pack(WHO, model, model, 0)
+    assert parcel.payload.keys() == {residual_name(MODULE)}
+    assert digest(client.unpack(parcel)) == digest(parcel.model) == digest(model)
+
+
 def test_clients_are_told_apart() -> None:
     made = parcels()
     model = {**drawn(WHO, 0), NAME_B: torch.ones(4, 2)}

