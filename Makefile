@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	@echo "open $(DEMO)/report.html in a browser"
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow

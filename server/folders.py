@@ -11,6 +11,8 @@ from typing import Any
 from common.errors import ConfigError
 
 FORMAT = 2
+# Below a comparison: the runs that settings were chosen by.
+CHOOSING = "choosing"
 RECORD, SERVED, REPORT = "record.json", "served.safetensors", "report.html"
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from common.package_files import package_file
+from server.choices import choice_rows, price_of_choosing
 from server.comparison import compare
 from server.folders import write_json
-from server.wording import amount_of_bytes, duration, interval, percent
+from server.wording import interval, percent
 
 Record = Mapping[str, Any]
 
@@ -50,9 +51,9 @@ def write_overview(
         cells=cells,
         labels=list(dict.fromkeys(r["label"] for cell in cells for r in cell.records)),
         entries={cell.name: _entries(comparisons[cell.name]) for cell in cells},
-        choices=[_choice(choice) for choice in choices],
+        choices=choice_rows(choices),
         seeds=sorted({record["seed"] for cell in cells for record in cell.records}),
-        price=_price(choices),
+        price=price_of_choosing(choices),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -87,27 +88,3 @@ def _entries(comparison: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 _MARKS = {"better": "better", "worse": "worse"}
-
-
-def _choice(choice: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "label": choice["label"],
-        "cell": choice["cell"],
-        "chosen": ", ".join(f"{key} = {value}" for key, value in choice["chosen"].items()),
-        "tried": "; ".join(
-            f"{', '.join(str(v) for v in trial['settings'].values())}: {percent(trial['accuracy'])}"
-            for trial in choice["tried"]
-        ),
-    }
-
-
-def _price(choices: Sequence[Mapping[str, Any]]) -> str:
-    if not choices:
-        return ""
-    traffic = sum(choice["bytes"] for choice in choices)
-    seconds = sum(choice["training_seconds"] for choice in choices)
-    runs = sum(len(choice["tried"]) for choice in choices)
-    return (
-        f"Choosing took {runs} runs, {amount_of_bytes(traffic)} of traffic and "
-        f"{duration(seconds)} of training, which no method's own figures include."
-    )

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.config import Experiment, load_experiment, parse_assignments, split_alternatives
 from common.errors import ConfigError
+from server.folders import CHOOSING
 
 # Settings are chosen at a seed that no comparison reports, on validation rows.
 TUNING_SEED = 1000
@@ -276,7 +277,7 @@ def plan_trials(
                 {**subject.settings, **settings},
             )
             place = Cell(
-                f"choosing/{cell.name}" if cell.name else "choosing",
+                f"{CHOOSING}/{cell.name}" if cell.name else CHOOSING,
                 {**cell.settings, "task.evaluate_on": "validation"},
             )
             [run] = plan_runs(file, [tried], [place], [TUNING_SEED])
@@ -309,7 +310,7 @@ def choose(trials: Sequence[Trial], records: Sequence[Mapping[str, Any]]) -> lis
         )
         if key not in best or score > best[key]:
             best[key] = score
-            cell = trial.run.cell.removeprefix("choosing").removeprefix("/")
+            cell = trial.run.cell.removeprefix(CHOOSING).removeprefix("/")
             choices[key] = Choice(trial.subject.label, cell, trial.settings, tried)
     return list(choices.values())
 

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 from common.errors import DataError
 from common.package_files import package_file
+from server.choices import choice_rows, price_of_choosing
 from server.comparison import (
     DIRECTIONS,
     Comparison,
@@ -29,7 +30,7 @@ from server.comparison import (
 from server.drawing import PALETTE
 from server.figures import panels
 from server.findings import copra_effects, headline, own_standing, traffic
-from server.folders import FORMAT
+from server.folders import CHOOSING, FORMAT
 from server.wording import (
     amount_of_bytes,
     duration,
@@ -62,7 +63,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     comparison = compare(records)
     tasks = list(dict.fromkeys(str(record["task"]["name"]) for record in records))
     what = "Run" if len(records) == 1 else f"Comparison of {len(records)} runs"
-    page = render(records, comparison, f"{what} on {spoken(tasks)}")
+    choices = [choice for folder in folders for choice in _choices(Path(folder))]
+    page = render(records, comparison, f"{what} on {spoken(tasks)}", choices)
     out = Path(out)
     if out.is_dir():
         raise DataError(f"{out} is a folder: name the report's file")
@@ -82,7 +84,10 @@ def read_records(folder: Path) -> list[Record]:
     """Return the record in `folder`, or those in the folders below it, label by label."""
     if (folder / "record.json").is_file():
         return [_read_record(folder / "record.json")]
-    records = [_read_record(path) for path in sorted(folder.rglob("record.json"))]
+    paths = sorted(folder.rglob("record.json"))
+    # Runs that only served to choose settings are no part of what is compared.
+    compared = [path for path in paths if CHOOSING not in path.relative_to(folder).parts]
+    records = [_read_record(path) for path in compared]
     if not records:
         raise DataError(f"{folder}: there is no record.json, neither here nor in a folder below")
     labels = [record["label"] for record in records]
@@ -138,7 +143,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def render(records: Sequence[Record], comparison: Comparison, title: str) -> str:
+def _choices(folder: Path) -> list[Mapping[str, Any]]:
+    file = folder / "comparison.json"
+    found = _read_json(file).get("choices", []) if file.is_file() else []
+    return list(found)
+
+
+def render(
+    records: Sequence[Record],
+    comparison: Comparison,
+    title: str,
+    choices: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Return the report as one HTML document; equal records give equal documents."""
     groups = by_label(records)
     environment = Environment(
@@ -161,6 +177,8 @@ def render(records: Sequence[Record], comparison: Comparison, title: str) -> str
         own_standing=own_standing(groups),
         kinds=_kinds(comparison["ledger"]),
         traffic=traffic(comparison["ledger"]),
+        choices=choice_rows(choices),
+        price_of_choosing=price_of_choosing(choices),
         several_seeds=any(len(members) > 1 for members in groups.values()),
         strategies=list({r["strategy"]["name"]: r["strategy"] for r in records}.values()),
         panels=panels(groups),

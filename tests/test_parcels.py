@@ -442,7 +442,7 @@ def test_a_client_that_diverged_once_takes_part_again(
 
 def run_shared(experiment: Experiment, nodes: int) -> Outcomes:
     grid = LocalGrid(client_app, nodes)
-    shared = share_nodes(grid, experiment.partition.clients)
+    shared = share_nodes(grid, experiment.partition.clients, patience=0.0)
     assert len(set(shared.values())) == nodes
     evaluator = Evaluator(experiment)
     return run_federation(grid, experiment, evaluator, shared, lambda _: None, remembering=False)
