@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # One small round instead of a whole run; the commands are otherwise the README's own.
-BRIEF = "--set federation.rounds=1 --set train.local_steps=2"
+BRIEF = "--set federation.rounds=1 --set train.local_steps=2 --set federation.workers=0"
 
 
 def readme_commands() -> list[str]:
@@ -65,7 +65,7 @@ def test_readme_shows_the_two_commands_that_set_everything_up() -> None:
 
 
 def test_make_demo_on_a_fresh_clone(fresh_clone: Path) -> None:
-    run(f"make demo DEMO_FLAGS='--seeds 0 --set federation.workers=0 {BRIEF}'", fresh_clone)
+    run(f"make demo DEMO_FLAGS='--seeds 0 {BRIEF}'", fresh_clone)
     report = (fresh_clone / "runs" / "demo" / "report.html").read_text(encoding="utf-8")
     assert "copra-merge" in report
     assert (fresh_clone / "runs" / "demo" / "comparison.json").is_file()
