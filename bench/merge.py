@@ -202,9 +202,12 @@ def _strategy(name: str, clients: int, rank: int = 8, **options: Any) -> Any:
     return method.build(method.options(**options), setting)
 
 
-def _median(work: Callable[[], object], repeats: int = 7) -> float:
-    work()
-    return statistics.median(_seconds(work) for _ in range(repeats))
+def _median(work: Callable[[], object], repeats: int = 9, enough: float = 2.0) -> float:
+    """Return the median seconds; slow work is not repeated once `enough` seconds are spent."""
+    found = [_seconds(work)]
+    while len(found) < repeats and sum(found) < enough:
+        found.append(_seconds(work))
+    return statistics.median(found)
 
 
 def _seconds(work: Callable[[], object]) -> float:

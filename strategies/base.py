@@ -8,6 +8,7 @@ Names in a state: those of the model (factors, heads, residuals) as they are; wh
 server keeps holds a slash (`server/round`, `client.3/head.news.bias`) and never leaves it.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,8 +184,10 @@ def counted_by_examples(updates: Iterable[Update]) -> Iterator[tuple[int, Tensor
 
 def mean_of_parts(updates: Iterable[Update], parts: Sequence[str]) -> dict[str, Tensor]:
     """Return the mean, by number of examples, of every tensor of these parts."""
+    # Names are the same from client to client: each is looked at once.
+    wanted = functools.cache(lambda name: part_of(name) in parts)
     return weighted_mean(
-        (examples, {n: t for n, t in tensors.items() if part_of(n) in parts})
+        (examples, {n: t for n, t in tensors.items() if wanted(n)})
         for examples, tensors in counted_by_examples(updates)
     )
 
