@@ -34,7 +34,7 @@ def describe_environment(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "versions": installed_versions(),
-        "git": _git_state(Path(__file__).parent),
+        "git": git_state(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "device": device,
@@ -53,8 +53,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_state(folder: Path) -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Return the commit of the code that runs, or None if it is not in a checkout."""
+    folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

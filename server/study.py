@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from server.environment import installed_versions
+from server.environment import git_state, installed_versions
 from server.folders import FORMAT, RECORD, REPORT, appearing_whole, write_json
 from server.plans import Cell, Choice, PlannedRun
 from server.record import build_record, write_run
@@ -22,7 +22,8 @@ Record = dict[str, Any]
 def finished_runs(runs: Sequence[PlannedRun], folder: Path) -> dict[int, Record]:
     """Return the records of the planned runs that are there already, by position.
 
-    A record counts if its experiment, label and the versions of all libraries are the same.
+    A record counts if its experiment, label, the versions of all libraries and the commit of this
+    code are the same: runs of unlike code are not to be compared.
     """
     found = {}
     for index, run in enumerate(runs):
@@ -111,4 +112,5 @@ def _is_of(record: Mapping[str, Any], run: PlannedRun) -> bool:
         "experiment": json.loads(run.experiment.model_dump_json()),
     }
     same = all(record.get(key) == value for key, value in wanted.items())
-    return same and record["environment"]["versions"] == installed_versions()
+    there = record.get("environment", {})
+    return same and (there["versions"], there["git"]) == (installed_versions(), git_state())

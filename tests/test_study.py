@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from common.config import Experiment
+from server.environment import git_state, installed_versions
 from server.folders import RECORD, continued
 from server.plans import PlannedRun
 from server.study import finished_runs, make_runs
@@ -67,6 +68,12 @@ def test_a_run_of_another_experiment_or_version_is_made_again(
     record["environment"]["versions"]["torch"] = "0.1"
     file.write_text(json.dumps(record))
     assert not finished_runs([run], tmp_path)
+    record["environment"] |= {"versions": installed_versions(), "git": {"commit": "another"}}
+    file.write_text(json.dumps(record))
+    assert not finished_runs([run], tmp_path)
+    record["environment"]["git"] = git_state()
+    file.write_text(json.dumps(record))
+    assert finished_runs([run], tmp_path)
     [record] = make_runs([longer], tmp_path, lambda index, row: None)
     assert len(record["rounds"]) == 3
 
