@@ -141,9 +141,7 @@ class _Client:
         """Return the whole model that this parcel stands for."""
         plan = self.plan
         known = self.memory.held if plan.since else {}
-        seed = self.experiment.federation.seed
-        start = model.initial((self.shard.task,), seed, plan.restart)
-        drawn = {n: t for n, t in at_rank(start, self.rank).items() if part_of(n) in plan.fresh}
+        drawn = self._drawn(model) if plan.fresh else {}
         sent = {
             name: tensor.float() if tensor.dtype == torch.float16 else tensor
             for name, tensor in received.items()
@@ -151,6 +149,13 @@ class _Client:
         }
         kept = {n: t for n, t in known.items() if not is_residual(n)}
         return {**kept, **drawn, **sent, **caught_up(known, received)}
+
+    def _drawn(self, model: AdaptedBackbone) -> Tensors:
+        """Return the parts that are still as everyone draws them."""
+        seed = self.experiment.federation.seed
+        start = model.initial((self.shard.task,), seed, self.plan.restart)
+        fresh = self.plan.fresh
+        return {n: t for n, t in at_rank(start, self.rank).items() if part_of(n) in fresh}
 
     def loaded_model(self) -> AdaptedBackbone:
         """Return the model, loaded with what was sent and, over it, what this client keeps."""

@@ -61,6 +61,7 @@ class Parcels:
     ) -> None:
         self._start, self._form, self._remembering = start, form, remembering
         self._held: dict[int, _Contents] = {}
+        self._starts: dict[tuple[str, int, int], Mapping[str, bytes]] = {}
         self._number = 0
 
     def pack(self, client: Client, model: Tensors, state: Tensors, restart: int) -> Parcel:
@@ -70,7 +71,7 @@ class Parcels:
         version = base_version(state)
         plain = {n: t for n, t in model.items() if not (version and is_residual(n))}
         digests = {name: _digest(tensor) for name, tensor in plain.items()}
-        drawn = self._start(client, restart)
+        drawn = self._digests_of_start(client, restart)
         fresh = _fresh_parts(digests, drawn)
         drawn_now = {name for name in drawn if part_of(name) in fresh}
         known = held.digests if held else {}
@@ -104,16 +105,24 @@ class Parcels:
         """Note that nobody knows what the client holds."""
         self._held.pop(client, None)
 
+    def _digests_of_start(self, client: Client, restart: int) -> Mapping[str, bytes]:
+        """Return the digests of what this client draws, made once for all clients like it."""
+        key = (client.task, client.rank, restart)
+        if key not in self._starts:
+            start = self._start(client, restart)
+            self._starts[key] = {name: _digest(tensor) for name, tensor in start.items()}
+        return self._starts[key]
+
     def _as_received(self, tensor: Tensor) -> Tensor:
         return decode(encode(tensor, self._form), self._form, tensor.shape)
 
 
-def _fresh_parts(digests: Mapping[str, bytes], drawn: Tensors) -> tuple[str, ...]:
+def _fresh_parts(digests: Mapping[str, bytes], drawn: Mapping[str, bytes]) -> tuple[str, ...]:
     """Return the parts that are still as they are drawn."""
     differing = {
         part_of(name)
-        for name, tensor in drawn.items()
-        if name in digests and digests[name] != _digest(tensor)
+        for name, digest in drawn.items()
+        if name in digests and digests[name] != digest
     }
     return tuple(sorted({part_of(name) for name in drawn} - differing))
 
