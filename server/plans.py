@@ -107,7 +107,7 @@ SUITES: Mapping[str, Suite] = {
             },
         },
         {"alpha": "0.1", "cohort": "all"},
-        {"train.learning_rate": (1e-3, 3e-3, 1e-2)},
+        {"train.learning_rate": (3e-3, 1e-2, 3e-2, 1e-1)},
     )
 }
 
