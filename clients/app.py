@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from clients.evaluation import evaluate_own
 from clients.training import LocalRun, train_locally
-from clients.upload import answer, compressed, rank_of, returned
+from clients.upload import compressed, rank_of, returned
 from common.adapters import AdaptedBackbone, at_rank, load_adapted_backbone
 from common.config import Experiment
 from common.errors import UpdateRefusedError
@@ -29,6 +29,7 @@ from common.residuals import caught_up, is_change, is_residual
 from common.rows import load_training_rows
 from common.seeds import child_seed
 from common.shards import deal_shards
+from common.sketches import projections
 from common.tails import padded
 from common.tensors import Tensors, part_of
 
@@ -89,7 +90,7 @@ def project(message: Message, context: Context) -> Message:
     memory = recall(context.state, plan.client, plan.run)
     experiment = _experiment(plan.experiment)
     scale = experiment.adapter.scale(experiment.adapter.rank_of(plan.client))
-    tensors = answer(under("pending/", memory.own), scale, bases)
+    tensors = projections(under("pending/", memory.own), scale, bases)
     return Message(pack_update(Outcome(plan.client, 1, 0.0, 0.0), tensors), reply_to=message)
 
 

@@ -12,7 +12,7 @@ from common.lowrank import is_factor
 from common.memory import Memory, prefixed, under
 from common.messages import Plan
 from common.seeds import child_seed
-from common.sketches import projections, sketches
+from common.sketches import sketches
 from common.tails import kept_directions, tail_size
 from common.tensors import Tensors, part_of
 
@@ -61,11 +61,6 @@ def returned(
         tensors = {n: t for n, t in tensors.items() if not is_factor(n)}
         tensors |= sketches(factors, scale, rules.sketch, child_seed(seed, "sketch", plan.round))
     return Upload(tensors, own)
-
-
-def answer(pending: Tensors, scale: float, bases: Tensors) -> dict[str, Tensor]:
-    """Return the projections of what was trained on the server's bases."""
-    return projections(pending, scale, bases)
 
 
 def compressed(

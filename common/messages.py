@@ -169,8 +169,6 @@ def kind_of(name: str) -> str:
     """
     if is_change(name) or is_residual(name):
         return "residual"
-    if name.startswith("control/"):
-        return "control"
     return _KINDS.get(part_of(name), "unknown")
 
 
@@ -178,6 +176,7 @@ _KINDS = {
     "lora_A": "A",
     "lora_B": "B",
     "head": "head",
+    "control": "control",
     "sketch": "sketch",
     "basis": "sketch",
     "projection": "sketch",

@@ -23,7 +23,7 @@ def wanted_update(model: Tensors, trains: Sequence[str], rules: LocalRules) -> l
     """
     public = [part for part in trains if part not in rules.keeps]
     # Control variates are named after parts, and are no parts themselves.
-    shapes = {n: t.shape for n, t in model.items() if "/" not in n and part_of(n) in public}
+    shapes = {n: t.shape for n, t in model.items() if part_of(n) in public}
     if rules.sketch:
         shapes = {n: shape for n, shape in shapes.items() if not is_factor(n)}
         shapes |= {

@@ -30,11 +30,6 @@ def projection_name(module: str) -> str:
     return module + _PROJECTION
 
 
-def is_sketch(name: str) -> bool:
-    """Say whether `name` is a sketch or a projection."""
-    return name.endswith((_SKETCH, _PROJECTION))
-
-
 def sketches(factors: Tensors, scale: float, width: int, seed: int) -> dict[str, Tensor]:
     """Return the sketch of every module; `seed` is that of the round, the same for all clients."""
     made = {}

@@ -17,7 +17,13 @@ def head_prefix(task: str) -> str:
 
 
 def part_of(name: str) -> str:
-    """Return what a tensor is: `lora_A`, `lora_B`, `head` or `residual`; else its parent's name."""
+    """Return what a tensor is: `lora_A`, `lora_B`, `head` or `residual`; else its parent's name.
+
+    Of a tensor that stands for another one, as `control/...` does, it is what comes first.
+    """
+    kind, slash, _ = name.partition("/")
+    if slash:
+        return kind
     return "head" if name.startswith("head.") else name.rpartition(".")[0].rpartition(".")[2]
 
 

@@ -221,18 +221,6 @@ def plan_runs(
 ONE_CELL = (Cell("", {}),)
 
 
-def plan_comparison(
-    file: Path, strategies: Sequence[str], seeds: Sequence[str], assignments: Sequence[str]
-) -> list[PlannedRun]:
-    """Return every run of strategies x settings x seeds, in that order.
-
-    Raises:
-        ConfigError: any of them could not be meant; nothing has run by then.
-    """
-    subjects = subjects_of(strategies, checked_alternatives(assignments))
-    return plan_runs(file, subjects, ONE_CELL, parse_seeds(seeds))
-
-
 # --- choosing settings ----------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import ConfigError
 from server import cli
-from server.plans import plan_comparison
+from server.plans import ONE_CELL, plan_runs, subjects_of
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "experiments" / "digits.toml")
@@ -92,12 +92,10 @@ def test_a_run_folder_that_exists_is_left_alone(
 
 
 def test_a_comparison_is_strategies_by_settings_by_seeds() -> None:
-    runs = plan_comparison(
-        Path(DIGITS),
-        ["fedavg", "ffa-lora+train.learning_rate=2e-2"],
-        ["0", "1"],
-        ["copra.enabled=true,false"],
+    subjects = subjects_of(
+        ["fedavg", "ffa-lora+train.learning_rate=2e-2"], {"copra.enabled": [True, False]}
     )
+    runs = plan_runs(Path(DIGITS), subjects, ONE_CELL, [0, 1])
     assert list(dict.fromkeys(run.label for run in runs)) == [
         "fedavg · copra.enabled=true",
         "fedavg · copra.enabled=false",
@@ -110,8 +108,9 @@ def test_a_comparison_is_strategies_by_settings_by_seeds() -> None:
 
 
 def test_a_setting_of_one_strategy_is_checked_too() -> None:
+    subjects = subjects_of(["fedavg+train.lr=1"], {})
     with pytest.raises(ConfigError, match=r"train\.lr"):
-        plan_comparison(Path(DIGITS), ["fedavg+train.lr=1"], ["0"], [])
+        plan_runs(Path(DIGITS), subjects, ONE_CELL, [0])
 
 
 def test_lists_can_be_read_by_programs(

@@ -32,8 +32,8 @@ from toy_federation import (
 )
 
 from common.lowrank import Term, factor_names, is_factor
-from common.sketches import basis_name, is_sketch, projection_name
-from common.tensors import Tensors, digest
+from common.sketches import basis_name, projection_name
+from common.tensors import Tensors, digest, part_of
 from strategies import STRATEGIES
 from strategies.base import Client, Strategy, Update, merges_so_far, model_of
 from strategies.cost import Sizes
@@ -648,7 +648,11 @@ def test_fedask_needs_only_sums() -> None:
 
     def masked(updates: Sequence[Update]) -> list[Update]:
         *others, last = updates
-        left = {n: torch.zeros_like(t) for n, t in last.tensors.items() if is_sketch(n)}
+        left = {
+            n: torch.zeros_like(t)
+            for n, t in last.tensors.items()
+            if part_of(n) in ("sketch", "projection")
+        }
         hidden = []
         for update in others:
             mask = {n: torch.randn(t.shape, generator=draw) for n, t in left.items()}

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from clients.training import Trained
-from clients.upload import answer, returned
+from clients.upload import returned
 from common.lowrank import adapted_modules, factor_names
 from common.memory import Memory, under
 from common.messages import Plan
 from common.residuals import residual_name
+from common.sketches import projections
 from common.tensors import Tensors, part_of
 from strategies import STRATEGIES
 from strategies.base import Client, Served, Setting, Strategy, Update
@@ -156,7 +157,7 @@ def updates_of(
 
 def _projected(update: Update, memories: Mapping[int, Memory], bases: Tensors) -> Update:
     pending = under("pending/", memories[update.client.client].own)
-    answered = answer(pending, update.client.scale, bases)
+    answered = projections(pending, update.client.scale, bases)
     return replace(update, tensors={**update.tensors, **bases, **answered})
 
 
