@@ -14,9 +14,9 @@ from server.evaluation import Evaluator
 from server.flower_strategy import find_clients, run_federation, share_nodes
 from server.folders import REPORT, appearing_whole
 from server.record import build_record, write_run
-from server.report import write_report
+from server.reporting.report import write_report
+from server.reporting.wording import round_line
 from server.simulation import Finished
-from server.wording import round_line
 from strategies import resolve
 
 app = ServerApp()

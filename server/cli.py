@@ -36,7 +36,7 @@ from server.plans import (
     tuning_cells,
     with_choices,
 )
-from server.wording import round_line
+from server.reporting.wording import round_line
 
 app = typer.Typer(
     name="fedcopra",
@@ -85,7 +85,7 @@ def simulate(file: ExperimentFile, assignments: Sets = None, out: Out = None) ->
     name = f"{file.stem}-{experiment.strategy_name}-seed{experiment.federation.seed}"
     folder = out or Path("runs") / name
     refuse_existing(folder)  # before anything heavy is imported
-    from server.report import write_report
+    from server.reporting.report import write_report
 
     with TemporaryDirectory() as scratch:
         planned = PlannedRun(experiment.strategy_name, experiment)
@@ -178,7 +178,7 @@ def report(
 
     Example: fedcopra report runs/A runs/B --out both.html
     """
-    from server.report import write_report
+    from server.reporting.report import write_report
 
     write_report(folders, out)
     console.print(f"report: {out}")
@@ -275,7 +275,7 @@ def _simulate(runs: Sequence[PlannedRun], folder: Path) -> list[dict[str, Any]]:
 
 
 def _print_summary(records: Sequence[Mapping[str, Any]]) -> None:
-    from server.comparison import compare as compare_records
+    from server.reporting.comparison import compare as compare_records
 
     columns = ("strategy", "accuracy", "95 % interval", "against the first", "on own labels")
     table = Table(*columns, box=None)

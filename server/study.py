@@ -58,8 +58,8 @@ def make_runs(runs: Sequence[PlannedRun], folder: Path, on_progress: OnProgress)
 
 def write_comparison(records: Sequence[Record], folder: Path, choices: Sequence[Choice]) -> None:
     """Write `comparison.json` and the report of one comparison, whose runs are in `folder`."""
-    from server.comparison import compare
-    from server.report import write_report
+    from server.reporting.comparison import compare
+    from server.reporting.report import write_report
 
     comparison = compare(records)
     if choices:
@@ -77,7 +77,7 @@ def write_suite(
     folder: Path,
 ) -> None:
     """Write the comparison of every cell, and the overview of all of them."""
-    from server.overview import CellResult, write_overview
+    from server.reporting.overview import CellResult, write_overview
 
     results = []
     for cell in cells:

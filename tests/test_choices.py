@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from synthetic_records import synthetic_record
 
-from server.choices import at_the_edge, choice_rows, price_of_choosing
 from server.folders import CHOOSING
-from server.report import read_records, write_report
+from server.reporting.choices import at_the_edge, choice_rows, price_of_choosing
+from server.reporting.report import read_records, write_report
 
 
 def chosen(value: Any, tried: list[Any], label: str = "fedavg") -> dict[str, Any]:

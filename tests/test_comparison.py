@@ -12,7 +12,7 @@ import pytest
 from synthetic_records import by_task_record, synthetic_record, synthetic_study
 
 from common.errors import FedcopraError
-from server.comparison import area, compare, holm
+from server.reporting.comparison import area, compare, holm
 
 # Student's t for 95% and two degrees of freedom, from a printed table.
 T_TWO_DEGREES = 4.302653
@@ -286,7 +286,7 @@ def test_a_seed_counts_once() -> None:
 
 def test_reporting_loads_neither_torch_nor_flower() -> None:
     script = (
-        "import sys, server.comparison, server.report; "
+        "import sys, server.reporting.comparison, server.reporting.report; "
         "print(sorted({'torch', 'flwr', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     root = Path(__file__).parents[1]

@@ -39,7 +39,7 @@ from server.evaluation import Evaluator
 from server.flower_strategy import Outcomes, choose_cohort, digest_of, find_clients, run_federation
 from server.local_grid import LocalGrid
 from server.record import build_record, read_run, write_run
-from server.report import write_report
+from server.reporting.report import write_report
 from server.simulation import Finished, simulate
 from strategies import STRATEGIES, resolve
 from strategies.base import Served

@@ -22,12 +22,12 @@ from synthetic_records import (
 )
 
 from common.errors import FedcopraError
-from server import report, wording
-from server.comparison import by_label, compare
-from server.drawing import PALETTE, marks
-from server.figures import panels
-from server.findings import headline, traffic
-from server.report import render, toml_like, write_report
+from server.reporting import report, wording
+from server.reporting.comparison import by_label, compare
+from server.reporting.drawing import PALETTE, marks
+from server.reporting.figures import panels
+from server.reporting.findings import headline, traffic
+from server.reporting.report import render, toml_like, write_report
 
 SECTIONS = ("results", "own", "figures", "ledger", "copra", "decisions", "reproduce")
 FIGURES = (

@@ -17,8 +17,9 @@ from markupsafe import Markup, escape
 
 from common.errors import DataError
 from common.package_files import package_file
-from server.choices import choice_rows, price_of_choosing
-from server.comparison import (
+from server.folders import CHOOSING, FORMAT
+from server.reporting.choices import choice_rows, price_of_choosing
+from server.reporting.comparison import (
     DIRECTIONS,
     Comparison,
     Groups,
@@ -27,11 +28,10 @@ from server.comparison import (
     compare,
     copra_enabled,
 )
-from server.drawing import PALETTE
-from server.figures import panels
-from server.findings import copra_effects, headline, own_standing, traffic
-from server.folders import CHOOSING, FORMAT
-from server.wording import (
+from server.reporting.drawing import PALETTE
+from server.reporting.figures import panels
+from server.reporting.findings import copra_effects, headline, own_standing, traffic
+from server.reporting.wording import (
     amount_of_bytes,
     duration,
     interval,
@@ -158,7 +158,7 @@ def render(
     """Return the report as one HTML document; equal records give equal documents."""
     groups = by_label(records)
     environment = Environment(
-        loader=FileSystemLoader(package_file("server/report.html.jinja").parent),
+        loader=FileSystemLoader(package_file("server/reporting/report.html.jinja").parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

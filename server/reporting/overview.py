@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from common.package_files import package_file
-from server.choices import choice_rows, price_of_choosing
-from server.comparison import compare
 from server.folders import write_json
-from server.wording import interval, percent
+from server.reporting.choices import choice_rows, price_of_choosing
+from server.reporting.comparison import compare
+from server.reporting.wording import interval, percent
 
 Record = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def write_overview(
 def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(
-        package_file("server/overview.html.jinja").read_text(encoding="utf-8")
+        package_file("server/reporting/overview.html.jinja").read_text(encoding="utf-8")
     )
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from server.comparison import (
+from server.reporting.comparison import (
     BUDGETS,
     Groups,
     Record,
@@ -24,7 +24,7 @@ from server.comparison import (
     sent_by,
     single_models,
 )
-from server.drawing import (
+from server.reporting.drawing import (
     MUTED,
     SERIES,
     SURFACE,
@@ -38,7 +38,7 @@ from server.drawing import (
     paint_lines,
     square,
 )
-from server.findings import (
+from server.reporting.findings import (
     EXACT,
     climb,
     exactness,
@@ -50,7 +50,7 @@ from server.findings import (
     within_budgets,
     worth_of_exactness,
 )
-from server.wording import (
+from server.reporting.wording import (
     amount_of_bytes,
     count_of,
     duration,

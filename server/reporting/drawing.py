@@ -19,7 +19,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from numpy.typing import NDArray
 
-from server.comparison import Groups
+from server.reporting.comparison import Groups
 
 # Eight hues, (light, dark): found by searching for the largest smallest distance between any two
 # in OKLab as seen with normal vision, protanopia, deuteranopia and tritanopia, at 3:1 or more

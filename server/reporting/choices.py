@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.wording import amount_of_bytes, duration, percent
+from server.reporting.wording import amount_of_bytes, duration, percent
 
 
 def choice_rows(choices: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

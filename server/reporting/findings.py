@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from server.comparison import (
+from server.reporting.comparison import (
     DIRECTIONS,
     Comparison,
     Groups,
@@ -19,8 +19,8 @@ from server.comparison import (
     personalised,
     single_models,
 )
-from server.drawing import Cells, Line
-from server.wording import (
+from server.reporting.drawing import Cells, Line
+from server.reporting.wording import (
     amount_of_bytes,
     duration,
     interval,
