@@ -188,6 +188,9 @@ class Federation(_Table):
     evaluate_every: int = Field(
         1, ge=1, description="rounds from one evaluation to the next; the last is always evaluated"
     )
+    keep_updates: int = Field(
+        8, ge=0, description="clients of the last round whose adapters stay with the run's record"
+    )
 
     def cohort_size(self, clients: int) -> int:
         """Return how many of `clients` take part in a round."""

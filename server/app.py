@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         finished = Finished(experiment, outcomes, evaluator)
         record = build_record(finished, experiment.strategy_name)
-        write_run(unfinished, record, outcomes.served)
+        write_run(unfinished, record, outcomes)
         write_report([unfinished], unfinished / REPORT)
     _log.info("record and report: %s", folder.absolute() / REPORT)
 

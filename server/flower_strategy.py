@@ -54,12 +54,13 @@ OnRound = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a finished run leaves: rows for the record, and the served models."""
+    """What a finished run leaves: rows for the record, the served models, the last updates."""
 
     start: Scores
     rounds: list[dict[str, Any]]
     served: tuple[Served, ...]
     digest: str
+    updates: tuple[Update, ...] = ()
 
 
 @dataclass
@@ -194,6 +195,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         self._own_scores: list[Scores] = []
         self._start_scores: Scores | None = None
         self._rows: list[dict[str, Any]] = []
+        self._last_updates: tuple[Update, ...] = ()
 
     # --- Flower's hooks ------------------------------------------------------------------------
 
@@ -234,6 +236,8 @@ class FedcopraStrategy(FlowerStrategyBase):
             merged = self._strategy.merge(self._state, updates, self._probe)
             self._state, diagnostics = merged.state, dict(merged.diagnostics)
             errors |= self._errors(updates)
+        if server_round == self._experiment.federation.rounds and self._sees_deltas():
+            self._last_updates = tuple(updates[: self._experiment.federation.keep_updates])
         self._accepted += len(updates)
         if not self._accepted:
             # Nothing has been learned: better to stop than to report the start as a result.
@@ -318,7 +322,9 @@ class FedcopraStrategy(FlowerStrategyBase):
         if self._start_scores is None:
             raise RuntimeError("the run has not started")
         served = tuple(self._strategy.serve(self._state))
-        return Outcomes(self._start_scores, self._rows, served, digest_of(served))
+        return Outcomes(
+            self._start_scores, self._rows, served, digest_of(served), self._last_updates
+        )
 
     # --- one round -----------------------------------------------------------------------------
 
@@ -344,8 +350,7 @@ class FedcopraStrategy(FlowerStrategyBase):
 
     def _errors(self, updates: Sequence[Update]) -> dict[str, Any]:
         """Measure what merging lost; not where the server never sees the clients' deltas."""
-        rules = self._strategy.rules
-        if rules.keeps or rules.sketch:
+        if not self._sees_deltas():
             return {}
         served = self._strategy.serve(self._state)
         measured = aggregation_error(served, updates, self._setting)
@@ -362,6 +367,10 @@ class FedcopraStrategy(FlowerStrategyBase):
                 for module, error in measured.error.modules.items()
             },
         }
+
+    def _sees_deltas(self) -> bool:
+        """Say whether clients send the server all of what they have trained."""
+        return not (self._strategy.rules.keeps or self._strategy.rules.sketch)
 
     def _follow_up(self, updates: list[Update], clients: list[dict[str, Any]]) -> list[Update]:
         """Ask the second question of a round, and lay question and answers over the updates."""

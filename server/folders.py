@@ -14,6 +14,7 @@ FORMAT = 2
 # Below a comparison: the runs that settings were chosen by.
 CHOOSING = "choosing"
 RECORD, SERVED, REPORT = "record.json", "served.safetensors", "report.html"
+UPDATES = "updates.safetensors"
 
 
 def write_json(file: Path, content: Any) -> None:

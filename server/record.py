@@ -1,11 +1,13 @@
 """Records: all that decided a run and all that happened, in one folder of plain files.
 
-A run's folder holds `record.json`, `served.safetensors` and `report.html`. It appears whole or
-not at all.
+A run's folder holds `record.json`, `served.safetensors`, `report.html` and, where clients sent all
+that they trained, `updates.safetensors`: what some of them sent in the last round. It appears whole
+or not at all.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from torch import Tensor
 
 from common.config import Experiment
 from common.errors import ConfigError, DataError
+from common.memory import under
 from common.shards import deal_shards
+from common.tensors import Tensors
 from server.environment import describe_environment
-from server.folders import FORMAT, RECORD, SERVED, write_json
+from server.flower_strategy import Outcomes
+from server.folders import FORMAT, RECORD, SERVED, UPDATES, write_json
 from server.simulation import Finished
 from strategies import STRATEGIES
-from strategies.base import Served
+from strategies.base import Client, Update
 
 
 def build_record(finished: Finished, label: str) -> dict[str, Any]:
@@ -44,6 +49,10 @@ def build_record(finished: Finished, label: str) -> dict[str, Any]:
         "start": outcomes.start.as_record(),
         "digest": outcomes.digest,
         "rounds": outcomes.rounds,
+        "updates": [
+            {**asdict(update.client), "num_examples": update.num_examples}
+            for update in outcomes.updates
+        ],
         "final": {
             key: outcomes.rounds[-1][key]
             for key in ("accuracy", "loss", "own_accuracy", "own_loss", "tasks")
@@ -79,16 +88,34 @@ def _describe_task(finished: Finished) -> dict[str, Any]:
     }
 
 
-def write_run(folder: Path, record: Mapping[str, Any], served: Sequence[Served]) -> None:
-    """Write record and served tensors into `folder`, which must exist."""
+def write_run(folder: Path, record: Mapping[str, Any], outcomes: Outcomes) -> None:
+    """Write record, served tensors and the last updates into `folder`, which must exist."""
     write_json(folder / RECORD, record)
-    tensors = {
-        # Cloned: models of several clients may share a tensor, which the format refuses.
-        (f"model.{index}/" if len(served) > 1 else "") + name: tensor.clone()
-        for index, model in enumerate(served)
-        for name, tensor in model.tensors.items()
-    }
-    save_file(tensors, folder / SERVED)
+    served = outcomes.served
+    _save(
+        {f"model.{i}/" if len(served) > 1 else "": m.tensors for i, m in enumerate(served)},
+        folder / SERVED,
+    )
+    if outcomes.updates:
+        found = {}
+        for update in outcomes.updates:
+            found[_returned(update.client.client)] = update.tensors
+            found[_sent(update.client.client)] = update.sent
+        _save(found, folder / UPDATES)
+
+
+def _save(tensors: Mapping[str, Tensors], file: Path) -> None:
+    # Cloned: models of several clients may share a tensor, which the format refuses.
+    named = {prefix + n: t.clone() for prefix, found in tensors.items() for n, t in found.items()}
+    save_file(named, file)
+
+
+def _returned(client: int) -> str:
+    return f"client.{client}/returned/"
+
+
+def _sent(client: int) -> str:
+    return f"client.{client}/sent/"
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Experiment, dict[str, Tensor]]:
@@ -106,3 +133,26 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Experiment, dict[str, Tensor
         return record, experiment, load_file(folder / SERVED)
     except (ValueError, KeyError, OSError) as error:
         raise DataError(f"{folder} cannot be read: {error!r}") from None
+
+
+def read_updates(folder: Path, record: Mapping[str, Any]) -> list[Update]:
+    """Return what clients sent in the last round, as far as the run kept it; in client order.
+
+    Raises:
+        DataError: the record speaks of updates, and their file cannot be read.
+    """
+    if not record.get("updates"):
+        return []
+    try:
+        tensors = load_file(folder / UPDATES)
+        return [
+            Update(
+                Client(row["client"], row["task"], row["rank"], row["scale"]),
+                row["num_examples"],
+                under(_returned(row["client"]), tensors),
+                under(_sent(row["client"]), tensors),
+            )
+            for row in record["updates"]
+        ]
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(f"{folder / UPDATES} cannot be read: {error!r}") from None

@@ -45,7 +45,7 @@ def make_runs(runs: Sequence[PlannedRun], folder: Path, on_progress: OnProgress)
         shutil.rmtree(place, ignore_errors=True)  # of another experiment, or another version
         record = build_record(finished, runs[index].label)
         with appearing_whole(place) as unfinished:
-            write_run(unfinished, record, finished.outcomes.served)
+            write_run(unfinished, record, finished.outcomes)
         records[index] = record
 
     def tell(position: int, row: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ def run_of(
             made[key] = tmp_path_factory.mktemp("run")
             experiment = digits_experiment(strategy__name=strategy, **settings)
             (finished,) = simulate([experiment], lambda *_: None)
-            write_run(made[key], build_record(finished, strategy), finished.outcomes.served)
+            write_run(made[key], build_record(finished, strategy), finished.outcomes)
         return made[key]
 
     return folder_of

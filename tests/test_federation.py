@@ -897,11 +897,11 @@ def test_a_record_is_plain_json_and_can_be_read_again(
     done = finished(experiment, failing([1], rounds=[1]))
     record = build_record(done, "a label")
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    write_run(tmp_path, record, done.outcomes.served)
+    write_run(tmp_path, record, done.outcomes)
     again, read, tensors = read_run(tmp_path)
     assert again == record
     assert read == experiment
-    assert record["digest"] == digest_of(done.outcomes.served)
+    assert record["digest"] == digest_of(done.outcomes)
     served = [model.tensors for model in done.outcomes.served]
     prefix = [f"model.{k}/" if len(served) > 1 else "" for k in range(len(served))]
     flat = {p + n: t for p, model in zip(prefix, served, strict=True) for n, t in model.items()}
@@ -914,7 +914,7 @@ def test_a_run_that_diverged_can_still_be_recorded(
     """One huge step leaves finite factors whose logits overflow; JSON has no NaN."""
     experiment = digits_experiment(train__learning_rate=1e25, train__local_steps=1)
     done = finished(experiment)
-    write_run(tmp_path, build_record(done, "diverged"), done.outcomes.served)
+    write_run(tmp_path, build_record(done, "diverged"), done.outcomes)
     record, _, _ = read_run(tmp_path)
     assert [row["loss"] for row in record["rounds"]] == [None, None]
     write_report([tmp_path], tmp_path / "report.html")

@@ -1,0 +1,1 @@
+"""Analyses of finished runs: connectivity, the value of blocks, pruning, merging of adapters."""
