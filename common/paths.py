@@ -114,7 +114,7 @@ def _entrywise(coefficients: Sequence[float], members: Sequence[Tensors]) -> dic
             mixed[name] = held[0][1]
             continue
         share = sum(c for c, _ in held) if len(held) < len(members) else 1.0
-        total = sum(c * tensor.double() for c, tensor in held)
+        total = torch.stack([c * tensor.double() for c, tensor in held]).sum(dim=0)
         mixed[name] = (total / share).to(held[0][1].dtype)
     return mixed
 

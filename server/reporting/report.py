@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from markupsafe import Markup, escape
 from common.errors import DataError
 from common.package_files import package_file
 from server.folders import CHOOSING, FORMAT
+from server.reporting.analyses import ANALYSES, analysis_files
 from server.reporting.choices import choice_rows, price_of_choosing
 from server.reporting.comparison import (
     DIRECTIONS,
@@ -29,7 +31,7 @@ from server.reporting.comparison import (
     copra_enabled,
 )
 from server.reporting.drawing import PALETTE
-from server.reporting.figures import panels
+from server.reporting.figures import Panel, panels
 from server.reporting.findings import copra_effects, headline, own_standing, traffic
 from server.reporting.wording import (
     amount_of_bytes,
@@ -64,7 +66,9 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     tasks = list(dict.fromkeys(str(record["task"]["name"]) for record in records))
     what = "Run" if len(records) == 1 else f"Comparison of {len(records)} runs"
     choices = [choice for folder in folders for choice in _choices(Path(folder))]
-    page = render(records, comparison, f"{what} on {spoken(tasks)}", choices)
+    page = render(
+        records, comparison, f"{what} on {spoken(tasks)}", choices, _analysis_panels(folders)
+    )
     out = Path(out)
     if out.is_dir():
         raise DataError(f"{out} is a folder: name the report's file")
@@ -149,11 +153,25 @@ def _choices(folder: Path) -> list[Mapping[str, Any]]:
     return list(found)
 
 
+def _analysis_panels(folders: Sequence[Path]) -> list[Panel]:
+    """Return the panels of all analyses in these folders and those below."""
+    found: list[Panel] = []
+    for folder in folders:
+        for record in sorted(Path(folder).rglob("record.json")):
+            if CHOOSING in record.relative_to(folder).parts:
+                continue
+            for name, file in analysis_files(record.parent).items():
+                found += ANALYSES[name](_read_json(file))
+    # Drawings are told apart by name, also where several runs have the same analysis.
+    return [replace(panel, name=f"{panel.name}-{n}") for n, panel in enumerate(found)]
+
+
 def render(
     records: Sequence[Record],
     comparison: Comparison,
     title: str,
     choices: Sequence[Mapping[str, Any]] = (),
+    analysed: Sequence[Panel] = (),
 ) -> str:
     """Return the report as one HTML document; equal records give equal documents."""
     groups = by_label(records)
@@ -181,7 +199,7 @@ def render(
         price_of_choosing=price_of_choosing(choices),
         several_seeds=any(len(members) > 1 for members in groups.values()),
         strategies=list({r["strategy"]["name"]: r["strategy"] for r in records}.values()),
-        panels=panels(groups),
+        panels=[*panels(groups), *analysed],
         copra_effects=copra_effects(comparison),
         copra_settings=sorted({"on" if copra_enabled(record) else "off" for record in records}),
         vetoes=vetoes(records),

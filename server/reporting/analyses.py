@@ -1,0 +1,19 @@
+"""Panels of analyses: what `fedcopra connectivity` and its like have left beside a run's record."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from server.reporting.figures import Panel
+
+# What an analysis has written, as read from its file.
+Analysis = Mapping[str, Any]
+
+# The file of an analysis is its name with `.json`, in the folder of the run that it is of.
+ANALYSES: Mapping[str, Callable[[Analysis], Sequence[Panel]]] = {}
+
+
+def analysis_files(folder: Path) -> dict[str, Path]:
+    """Return the analyses that there are of the run in `folder`, by name."""
+    files = {name: folder / f"{name}.json" for name in ANALYSES}
+    return {name: file for name, file in files.items() if file.is_file()}
