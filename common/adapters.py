@@ -128,6 +128,17 @@ class AdaptedBackbone:
         return dict(sorted(live.items()))
 
     @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """Return the adapted layers by the name of their module."""
+        return self._layers
+
+    def head_layer(self, name: str) -> nn.Module:
+        """Return the layer of the loaded task's head whose tensors are called `name` and a dot."""
+        if self._task is None:
+            raise RuntimeError("no state has been loaded yet")
+        return self.module.get_submodule(name.removeprefix(head_prefix(self._task.name)))
+
+    @property
     def blocks(self) -> list[list[Any]]:
         """Return the adapted layers, grouped by transformer block."""
         return group_by_block(self._layers)

@@ -5,7 +5,7 @@ cost is a few per cent of a training step, and rounding then never decides a mer
 Source: copra-merge specification, section 7.1; Eckart-Young for the optimality of truncation.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,21 @@ class Term:
     def rank(self) -> int:
         """Return r, the inner dimension."""
         return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """K ways to move a model.
+
+    Attributes:
+        stacks: by module, B (m, R) and A (R, n): direction k is `B·diag(mixing[:, k])·A`.
+        mixing: (R, K), the same for every module.
+        entries: by name, the K changes (K, ...) of every other tensor that moves: heads.
+    """
+
+    stacks: Mapping[str, Term]
+    mixing: Tensor
+    entries: Tensors
 
 
 def named_factors(module: str, term: Term) -> dict[str, Tensor]:
@@ -203,6 +218,9 @@ def balanced_factors(svd: SVD, scale: float) -> Term:
     return Term(svd.U * root, root[:, None] * svd.V.T)
 
 
-def orthonormal_factors(svd: SVD, scale: float) -> Term:
-    """Put the singular values into B and leave A with orthonormal rows: `scale·B·A = U·S·Vᵀ`."""
-    return Term(svd.U * (svd.S / scale), svd.V.T.clone())
+def orthonormal_factors(svd: SVD, scale: float, length: float = 1.0) -> Term:
+    """Put the singular values into B: `scale·B·A = U·S·Vᵀ`, rows of A orthogonal, all of `length`.
+
+    A row of A as PEFT draws it has length 1/√3 on average.
+    """
+    return Term(svd.U * (svd.S / (scale * length)), length * svd.V.T)

@@ -13,9 +13,11 @@ from common.adapters import AdaptedBackbone, load_adapted_backbone
 from common.config import Experiment
 from common.errors import ConfigError
 from common.features import Features, extract_features, shortest_first
+from common.lowrank import Directions
 from common.metrics import Scores, mean_scores
 from common.scoring import losses_and_hits, own_scores
 from common.shards import Shard
+from common.slopes import slopes
 from common.tasks import LabelledTask, Split, held_out, load_tasks
 from common.tensors import Tensors
 from strategies.base import Probe, Served, for_task
@@ -99,7 +101,15 @@ class Evaluator:
             probed = self._rows_to_probe(examples, part)
             return torch.cat([self._losses(model, rows)[0] for rows in probed])
 
-        return losses
+        def slopes_along(tensors: Tensors, directions: Directions, part: slice) -> Tensor:
+            found = []
+            for rows in self._rows_to_probe(examples, part):
+                with self.model.in_use:
+                    self.model.load(for_task(tensors, rows.task.name), rank, rows.task)
+                    found.append(slopes(self.model, rows.features, directions))
+            return torch.cat(found)
+
+        return Probe(losses, slopes_along)
 
     def _rows_to_probe(self, examples: int, part: slice) -> list[_Rows]:
         each = slice(examples // len(self.tasks))

@@ -18,7 +18,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional
 
-from common.lowrank import Term, adapted_modules, factor_names, kaiming_start, named_factors
+from common.lowrank import (
+    Directions,
+    Term,
+    adapted_modules,
+    factor_names,
+    kaiming_start,
+    named_factors,
+)
 from common.rules import NO_RULES, LocalRules
 from common.seeds import torch_generator
 from common.tensors import Tensors, head_prefix, part_of, weighted_mean
@@ -73,9 +80,17 @@ class Setting:
     start_seed: int = 0
 
 
-# `(served tensors, rows) -> losses (n,)`: per-example losses on these rows of the server's probe
-# set, whose order never varies, so that two models can be compared row by row.
-Probe = Callable[[Tensors, slice], Tensor]
+@dataclass(frozen=True)
+class Probe:
+    """Labelled rows of the server; their order never varies: models are compared row by row.
+
+    Attributes:
+        losses: `(served tensors, rows) -> (n,)`, the loss of each of these rows.
+        slopes: `(served tensors, K directions, rows) -> (n, K)`, its derivative along each.
+    """
+
+    losses: Callable[[Tensors, slice], Tensor]
+    slopes: Callable[[Tensors, Directions, slice], Tensor]
 
 
 @dataclass(frozen=True)

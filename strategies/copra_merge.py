@@ -1,27 +1,38 @@
-"""CopRA-merge: average what clients have added to the adapter, and let a probe set only veto.
+"""CopRA-merge: average what clients have added to the adapter, along lines that a probe may veto.
 
 A server merge of our own, inspired by CopRA's linear mode connectivity (arXiv 2410.22911); the
 papers contain no such server. With G the global delta, S_k the part of it that client k was sent
 (the best of its rank), and ΔW_k what it returned,
 
-    G⁺ = T_R( G + Σ_k w_k (ΔW_k - S_k) ),    w_k = n_k/Σn,
+    G⁺ = T_R( G + η Σ_k w_k D_k ),    D_k = ΔW_k - S_k,    w_k = n_k/Σn and η = 1 unless a probe
+                                                           set proves other numbers better,
 
 T_R the best approximation of rank R, all from stacked factors: no full matrix is ever formed.
 Averaging increments leaves alone what a client of low rank never saw; a plain average of ΔW_k
-would shrink it every round. Specification 7.1 to 7.4: steps 1, 2 and 6 of 7.4.
+would shrink it every round. Specification 7; the coefficients are found in `copra_weights`.
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from common.errors import ConfigError
-from common.lowrank import Span, Term, adapted_modules, balanced_factors, kept_energy, named_factors
+from common.lowrank import (
+    SVD,
+    Directions,
+    Span,
+    Term,
+    adapted_modules,
+    balanced_factors,
+    kept_energy,
+    named_factors,
+    orthonormal_factors,
+)
 from common.rules import TURNING
 from common.tensors import Tensors
 from strategies.base import (
@@ -39,10 +50,16 @@ from strategies.base import (
     revive_dead_directions,
     send_prefix,
 )
-
-# The probe set is split: one half chooses whom to veto, the other judges whether that helped.
-_SMALLEST_COHORT = 3  # at most a third of the clients may be vetoed
-_CHOOSE, _JUDGE = slice(0, None, 2), slice(1, None, 2)
+from strategies.copra_weights import (
+    SMALLEST_COHORT,
+    Chosen,
+    Proposal,
+    choose_step,
+    discount_barriers,
+    judged,
+    tilt,
+    veto,
+)
 
 
 class CopraMergeOptions(Options):
@@ -51,15 +68,42 @@ class CopraMergeOptions(Options):
     Attributes:
         probe_examples: probe rows used; 0 merges by weighted increments alone.
         server_rank: rank R of the global adapter; 0 takes the largest rank of any client.
+        gauge: how a delta is split into factors: evenly (`balanced`), or with A like a fresh
+            adapter's and all singular values in B (`lora`).
+        norm_limit: increments longer than this many medians are scaled back to it.
+        screening: `gradient` leaves out one by one only clients whose slope makes them suspects,
+            `none` all of them: K more evaluations.
         veto_z: leave a client out if the merge without it has a loss lower by this many paired
             standard errors.
-        norm_limit: increments longer than this many medians are scaled back to it.
+        barrier_limit: count clients behind a loss barrier less, and veto those behind one of this
+            share of the loss at the start; 0 looks for none. Costs two evaluations a client.
+        tilt_steps: steps of exponentiated gradient on the weights; each costs a backward pass.
+        step_lengths: other lengths of the step to try beside 1.
     """
 
     probe_examples: int = Field(512, ge=0)
     server_rank: int = Field(0, ge=0)
-    veto_z: float = Field(2.0, gt=0)
+    gauge: Literal["balanced", "lora"] = "balanced"
     norm_limit: float = Field(5.0, gt=1)
+    screening: Literal["gradient", "none"] = "gradient"
+    veto_z: float = Field(2.0, gt=0)
+    barrier_limit: float = Field(0.0, ge=0)
+    tilt_steps: int = Field(0, ge=0)
+    # Never 0: a run that once chose to stand still would stay there.
+    step_lengths: tuple[float, ...] = Field((), description="each above 0 and at most 1.5")
+
+    @field_validator("step_lengths")
+    @classmethod
+    def _real_steps(cls, lengths: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < length <= 1.5 for length in lengths):
+            raise ValueError(f"{list(lengths)}: every length is above 0 and at most 1.5")
+        return lengths
+
+
+_GAUGES: Mapping[str, Callable[[SVD, float], Term]] = {
+    "balanced": balanced_factors,
+    "lora": lambda svd, scale: orthonormal_factors(svd, scale, length=3**-0.5),
+}
 
 
 def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
@@ -86,35 +130,31 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
 
     def merge(state: Tensors, updates: Iterable[Update], probe: Probe | None) -> Merged:
         updates = list(updates)
-        merger = _Merger(state, updates, rank, server_scale, setting.seed)
+        merger = _Merger(state, updates, rank, server_scale, setting.seed, _GAUGES[options.gauge])
         by_data = data_weights(updates)
-        limits = merger.length_limits(by_data, options.norm_limit)
-        plain = merger.candidate(by_data, limits)
-        diagnostics: dict[str, Any] = {
-            "kept_energy": plain.kept_energy,
-            "clipped": [
-                u.client.client for u, limit in zip(updates, limits, strict=True) if limit < 1
-            ],
-        }
-        chosen, weights = plain, by_data
+        plain = Proposal(tuple(by_data), tuple(merger.length_limits(options.norm_limit)))
         if probe is None or options.probe_examples == 0:
-            veto: dict[str, Any] = {"vetoed": [], "decision": "no probe set: weighted increments"}
-        elif len(updates) < _SMALLEST_COHORT:
-            veto = {"vetoed": [], "decision": "too few clients for a veto: weighted increments"}
+            chosen = Chosen(plain, {"decision": "no probe set: weighted increments"})
+        elif len(updates) < SMALLEST_COHORT:
+            chosen = Chosen(plain, {"decision": "too few clients to probe: weighted increments"})
         else:
-            clients = [u.client.client for u in updates]
-            proposed, veto = _veto(merger, clients, by_data, limits, probe, options.veto_z)
-            if not veto["vetoed"]:
-                veto["decision"] = "no client's absence would lower the probe loss: all kept"
-            else:
-                without = merger.candidate(proposed, limits)
-                if _helps(plain.tensors, without.tensors, probe, veto):
-                    chosen, weights = without, proposed
-        diagnostics |= veto
-        diagnostics["weights"] = {
-            str(u.client.client): w for u, w in zip(updates, weights, strict=True)
+            chosen = _choose(_Probed(merger, probe), plain, options)
+        merged = merger.candidate(chosen.proposal)
+        weights = {
+            str(u.client.client): w for u, w in zip(updates, chosen.proposal.weights, strict=True)
         }
-        return Merged(chosen.tensors, diagnostics)
+        clipped = [u.client.client for u, k in zip(updates, plain.limits, strict=True) if k < 1]
+        return Merged(
+            merged.tensors,
+            {
+                "kept_energy": merged.kept_energy,
+                "clipped": clipped,
+                "vetoed": [],
+                **chosen.notes,
+                "step": chosen.proposal.step,
+                "weights": weights,
+            },
+        )
 
     def serve(state: Tensors) -> Sequence[Served]:
         return [Served(model_of(state), rank)]
@@ -129,6 +169,59 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
     )
 
 
+def _choose(trial: "_Probed", plain: Proposal, options: CopraMergeOptions) -> Chosen:
+    """Go through the steps of 7.4; the judging half of the probe rows has the last word."""
+    steps: list[Callable[[Proposal], Chosen]] = [
+        lambda at: veto(trial, at, options.veto_z, options.screening == "gradient")
+    ]
+    if options.barrier_limit:
+        steps.append(lambda at: discount_barriers(trial, at, options.barrier_limit))
+    if options.tilt_steps:
+        steps.append(lambda at: tilt(trial, at, plain.weights, options.tilt_steps))
+    if options.step_lengths:
+        steps.append(lambda at: choose_step(trial, at, options.step_lengths))
+    proposal, notes = plain, dict[str, Any]()
+    for step in steps:
+        found = step(proposal)
+        proposal, notes = found.proposal, notes | found.notes
+    if proposal == plain:
+        return Chosen(plain, notes | {"decision": "nothing better was found: weights by data"})
+    z = judged(trial, plain, proposal)
+    left_out = [k for k, w in zip(trial.clients, proposal.weights, strict=True) if w == 0]
+    if z > 1:
+        said = f"proposal accepted: the judging half gains {z:.1f} standard errors"
+        return Chosen(proposal, notes | {"vetoed": left_out, "judged_z": z, "decision": said})
+    said = f"proposal dropped: the judging half gains only {z:.1f} standard errors"
+    return Chosen(plain, notes | {"judged_z": z, "decision": said})
+
+
+class _Probed:
+    """The models of a round, scored on probe rows; a model is merged once for several questions."""
+
+    def __init__(self, merger: "_Merger", probe: Probe) -> None:
+        self._merger, self._probe = merger, probe
+        self._merged: dict[Proposal, Tensors] = {}
+
+    @property
+    def clients(self) -> Sequence[int]:
+        return self._merger.clients
+
+    def losses(self, proposal: Proposal, rows: slice) -> Tensor:
+        return self._probe.losses(self._model(proposal), rows)
+
+    def slopes(self, proposal: Proposal, rows: slice) -> Tensor:
+        return self._probe.slopes(self._model(proposal), self._merger.increments(), rows)
+
+    def along(self, client: int, position: float, rows: slice) -> Tensor:
+        one = tuple(float(k == client) for k in range(len(self.clients)))
+        return self.losses(Proposal(one, (1.0,) * len(one), position), rows)
+
+    def _model(self, proposal: Proposal) -> Tensors:
+        if proposal not in self._merged:
+            self._merged = {proposal: self._merger.candidate(proposal).tensors}
+        return self._merged[proposal]
+
+
 @dataclass(frozen=True)
 class _Candidate:
     tensors: Tensors
@@ -139,9 +232,15 @@ class _Merger:
     """The merge of one round at any weights: one QR a module serves every candidate."""
 
     def __init__(
-        self, state: Tensors, updates: Sequence[Update], rank: int, scale: float, seed: int
+        self,
+        state: Tensors,
+        updates: Sequence[Update],
+        rank: int,
+        scale: float,
+        seed: int,
+        split: Callable[[SVD, float], Term],
     ) -> None:
-        self._state, self._updates = state, updates
+        self._state, self._updates, self._split = state, updates, split
         self._rank, self._scale, self._seed = rank, scale, seed
         self._modules = adapted_modules(state)
         self._spans = {
@@ -153,9 +252,14 @@ class _Merger:
             [(torch.arange(rank) < u.client.rank).double() for u in updates]
         )
 
-    def length_limits(self, weights: Sequence[float], limit: float) -> list[float]:
+    @property
+    def clients(self) -> list[int]:
+        """Return the clients' numbers."""
+        return [update.client.client for update in self._updates]
+
+    def length_limits(self, limit: float) -> list[float]:
         """Return for each client the factor (at most 1) that brings its increment to the limit."""
-        lengths = [self._increment_norm(k) for k in range(len(weights))]
+        lengths = [self._increment_norm(k) for k in range(len(self._updates))]
         # Of those that trained: if most are idle, the others are no outliers. An idle client's
         # increment is the rounding of what it was sent.
         idle = 1e-6 * self._sent_norm()
@@ -176,19 +280,17 @@ class _Merger:
             sum(span.norm([minus_sent, *coefficients]) ** 2 for span in self._spans.values()) ** 0.5
         )
 
-    def candidate(self, weights: Sequence[float], limits: Sequence[float]) -> _Candidate:
-        """Return `T_R(G + Σ c_k (ΔW_k - S_k))` and heads, `c_k = w_k·limit_k`."""
-        steps = torch.tensor(
-            [w * limit for w, limit in zip(weights, limits, strict=True)], dtype=torch.float64
-        )
+    def candidate(self, proposal: Proposal) -> _Candidate:
+        """Return `T_R(G + Σ c_k (ΔW_k - S_k))` and heads, c the proposal's coefficients."""
+        steps = torch.tensor(proposal.coefficients, dtype=torch.float64)
         # The sent parts lie in the span of G: they only lower its coefficients.
         remaining = self._scale * (1 - steps @ self._was_sent)
         scaled = [float(c) * u.client.scale for c, u in zip(steps, self._updates, strict=True)]
-        merged = self._heads(steps.tolist(), weights)
+        merged = self._heads(steps.tolist(), proposal.weights)
         svds = {m: span.svd([remaining, *scaled]) for m, span in self._spans.items()}
         for module, svd in svds.items():
             best = svd.truncated(self._rank)
-            term = balanced_factors(best, self._scale)
+            term = self._split(best, self._scale)
             term = revive_dead_directions(module, term, best.S, self._rank, self._seed)
             merged |= named_factors(module, term)
         return _Candidate(merged, kept_energy(svds.values(), self._rank))
@@ -207,65 +309,28 @@ class _Merger:
                 heads[name] = (head.double() + sum(increments)).to(head.dtype)
         return heads
 
-
-def _veto(
-    merger: _Merger,
-    clients: Sequence[int],
-    by_data: Sequence[float],
-    limits: Sequence[float],
-    probe: Probe,
-    threshold: float,
-) -> tuple[list[float], dict[str, Any]]:
-    """Leave out, worst first, the clients whose absence lowers the loss beyond doubt (7.4, 2).
-
-    At most a third of the cohort; all are tried again after every removal.
-    """
-
-    def losses_at(weights: Sequence[float]) -> Tensor:
-        return probe(merger.candidate(weights, limits).tensors, _CHOOSE)
-
-    weights, vetoed = list(by_data), list[int]()
-    first_z: Mapping[str, float] = {}
-    for _ in range(len(clients) // 3):
-        losses = losses_at(weights)
-        z = {
-            k: _paired_z(losses, losses_at(_without(weights, k)))
-            for k, weight in enumerate(weights)
-            if 0 < weight < 1
+    def increments(self) -> Directions:
+        """Return the clients' increments as directions, heads included."""
+        ranks = [update.client.rank for update in self._updates]
+        own = [
+            torch.full((rank, 1), update.client.scale, dtype=torch.float64)
+            for rank, update in zip(ranks, self._updates, strict=True)
+        ]
+        own_block: Tensor = torch.block_diag(*own)  # type: ignore[no-untyped-call]
+        mixing = torch.cat([-self._scale * self._was_sent.T, own_block])
+        stacks = {}
+        for module in self._modules:
+            terms = [Term.of(t, module) for t in (self._state, *(u.tensors for u in self._updates))]
+            stacks[module] = Term(
+                torch.cat([term.B for term in terms], dim=1), torch.cat([term.A for term in terms])
+            )
+        heads = {
+            name: torch.stack(
+                [
+                    u.tensors[name] - u.sent[name] if name in u.tensors else torch.zeros_like(head)
+                    for u in self._updates
+                ]
+            )
+            for name, head in heads_of(self._state).items()
         }
-        first_z = first_z or {str(clients[k]): value for k, value in z.items()}
-        worst = max(z, key=lambda k: z[k])
-        if z[worst] < threshold:
-            break
-        weights = _without(weights, worst)
-        vetoed.append(clients[worst])
-    return weights, {"vetoed": vetoed, "leave_one_out_z": dict(first_z)}
-
-
-def _without(weights: Sequence[float], client: int) -> list[float]:
-    rest = 1 - weights[client]
-    return [0.0 if k == client else w / rest for k, w in enumerate(weights)]
-
-
-def _paired_z(losses: Tensor, others: Tensor) -> float:
-    """Return how many standard errors the mean loss falls from `losses` to `others`."""
-    gain = losses.double() - others.double()
-    if len(gain) < 2:
-        return 0.0  # one row has no standard error
-    error = float(gain.std()) / len(gain) ** 0.5
-    return float(gain.mean()) / error if error > 0 else 0.0
-
-
-def _helps(plain: Tensors, chosen: Tensors, probe: Probe, veto: dict[str, Any]) -> bool:
-    """Accept the vetoes only if the judging half gains more than one standard error (7.4, 6)."""
-    z = _paired_z(probe(plain, _JUDGE), probe(chosen, _JUDGE))
-    veto["judged_z"] = z
-    accepted = z > 1
-    veto["proposed"] = veto["vetoed"]
-    veto["vetoed"] = veto["vetoed"] if accepted else []
-    veto["decision"] = (
-        f"vetoes accepted: the judging half gains {z:.1f} standard errors"
-        if accepted
-        else f"vetoes dropped: the judging half gains only {z:.1f} standard errors"
-    )
-    return accepted
+        return Directions(stacks, mixing, heads)

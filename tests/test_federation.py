@@ -20,7 +20,7 @@ from common.adapters import at_rank, load_adapted_backbone
 from common.config import Experiment
 from common.errors import FedcopraError
 from common.features import extract_features
-from common.lowrank import is_factor
+from common.lowrank import Directions, Term, adapted_modules, is_factor
 from common.memory import under
 from common.messages import (
     Outcome,
@@ -848,10 +848,33 @@ def test_the_probe_gives_the_losses_of_its_own_rows_in_order(digits_experiment: 
         losses = functional.cross_entropy(
             evaluator.model.logits(batch), batch.labels, reduction="none"
         )
-    torch.testing.assert_close(probe(state, slice(None)), losses, rtol=0, atol=1e-5)
+    torch.testing.assert_close(probe.losses(state, slice(None)), losses, rtol=0, atol=1e-5)
     for part in (slice(0, None, 2), slice(1, None, 2)):
-        torch.testing.assert_close(probe(state, part), losses[part], rtol=0, atol=1e-5)
+        torch.testing.assert_close(probe.losses(state, part), losses[part], rtol=0, atol=1e-5)
     assert evaluator.probe(0, 4) is None
+
+
+def test_the_probes_slopes_are_those_of_its_losses(digits_experiment: Build) -> None:
+    """By central differences; the direction is the adapter's own delta, and any head."""
+    evaluator = Evaluator(digits_experiment())
+    probe = evaluator.probe(40, 4)
+    assert probe is not None
+    state = evaluator.initial(0)
+    draw = torch.Generator().manual_seed(2)
+    state = {n: t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in state.items()}
+    heads = {n: torch.randn(1, *t.shape, generator=draw) for n, t in state.items() if "head" in n}
+    stacks = {m: Term.of(state, m) for m in adapted_modules(state)}
+    mixing = torch.full((4, 1), 6 / 4, dtype=torch.float64)  # s, so that a move by h is (1 + h)·B
+    directions = Directions(stacks, mixing, heads)
+    found = probe.slopes(state, directions, slice(1, None, 2))
+
+    def moved(by: float) -> Tensor:
+        model = {n: t * (1 + by) if "lora_B" in n else t for n, t in state.items()}
+        model |= {n: state[n] + by * heads[n][0] for n in heads}
+        return probe.losses(model, slice(1, None, 2)).double()
+
+    numeric = (moved(5e-3) - moved(-5e-3)) / 1e-2
+    torch.testing.assert_close(found[:, 0], numeric, rtol=0.02, atol=2e-3)
 
 
 def test_runs_that_start_while_others_evaluate_do_not_disturb_them(

@@ -24,11 +24,12 @@ from toy_federation import (
     idle,
     model_after,
     play,
+    probe_of,
     scale,
     updates_of,
 )
 
-from common.lowrank import factor_names
+from common.lowrank import Directions, factor_names
 from common.memory import under
 from common.residuals import is_residual, residual_name
 from common.tensors import Tensors, digest
@@ -357,7 +358,7 @@ def test_a_probe_that_sees_no_difference_decides_nothing(name: str) -> None:
     strategy = build(name)
     state = play(strategy, [cohort(*FULL)])
     updates = updates_of(strategy, state, cohort(*FULL), drift(5))
-    found = strategy.merge(state, updates, lambda _, rows: torch.ones(64)[rows]).state
+    found = strategy.merge(state, updates, probe_of(lambda _, rows: torch.ones(64)[rows])).state
     assert digest(found) == digest(strategy.merge(state, updates, None).state)
 
 
@@ -375,8 +376,14 @@ def test_a_probe_is_shown_whole_models_of_the_served_rank(name: str) -> None:
         assert_well_formed(tensors, rank)
         return torch.full((64,), float(tensors["head.toy.bias"].norm()))[rows]
 
-    checked: Probe = probe
-    strategy.merge(state, updates, checked)
+    def slopes(tensors: Tensors, directions: Directions, rows: slice) -> Tensor:
+        assert_well_formed(tensors, rank)
+        # One client stands out, so that a method that screens by slopes goes on to ask for losses.
+        count = directions.mixing.shape[1]
+        noise = torch.rand(64, count, generator=torch.Generator().manual_seed(0))
+        return (noise + torch.arange(count))[rows]
+
+    strategy.merge(state, updates, Probe(probe, slopes))
     assert bool(shown) == bool(strategy.probe_examples)
 
 

@@ -24,6 +24,7 @@ from toy_federation import (
     idle,
     mean_deltas,
     play,
+    probe_of,
     scale,
     setting,
     truncated,
@@ -529,7 +530,7 @@ def target_probe(
         odd = torch.arange(ROWS_OF_PROBE) % 2 == 1
         return torch.where(odd, judge(loss), loss)[rows]
 
-    return losses
+    return probe_of(losses)
 
 
 def goal() -> dict[str, Tensor]:
@@ -562,7 +563,7 @@ def towards(target: dict[str, Tensor], far: Sequence[int] = (), times: float = -
 
 
 def test_a_client_that_hurts_by_far_is_vetoed() -> None:
-    strategy = build("copra-merge")
+    strategy = build("copra-merge", screening="none")
     target = goal()
     train = towards(target, far=[3])
     merged, updates = one_round(strategy, cohort(*FULL), train, target_probe(target))
@@ -610,7 +611,7 @@ def test_at_most_a_third_of_the_cohort_is_vetoed(clients: int, far: list[int], m
 
 def test_the_worst_is_vetoed_first() -> None:
     """Worst is who hurts most surely: the largest paired z, not the largest mean."""
-    strategy = build("copra-merge")
+    strategy = build("copra-merge", screening="none")
     target = goal()
 
     def train(who: Client, sent: Tensors) -> Tensors:
@@ -682,7 +683,7 @@ def test_a_veto_needs_as_many_standard_errors_as_asked_for(
         found = {module: delta_of(tensors, module, scale(rank)) for module in MODULES}
         return (norm_of(minus(found, target)) * factors)[rows]
 
-    merged, _ = one_round(strategy, cohort(*FULL), towards(target, far=[3]), probe)
+    merged, _ = one_round(strategy, cohort(*FULL), towards(target, far=[3]), probe_of(probe))
     assert merged.diagnostics["leave_one_out_z"]["3"] == pytest.approx(z)
     assert merged.diagnostics["vetoed"] == vetoed
     assert ("proposed" in merged.diagnostics) == bool(vetoed)
@@ -695,9 +696,9 @@ def test_choosing_and_judging_use_different_rows_and_together_all() -> None:
 
     def probe(tensors: Tensors, rows: slice) -> Tensor:
         asked.add(tuple(range(ROWS_OF_PROBE)[rows]))
-        return inner(tensors, rows)
+        return inner.losses(tensors, rows)
 
-    one_round(strategy, cohort(*FULL), towards(target, far=[3]), probe)
+    one_round(strategy, cohort(*FULL), towards(target, far=[3]), probe_of(probe))
     first, second = asked
     assert not set(first) & set(second)
     assert sorted(first + second) == list(range(ROWS_OF_PROBE))
@@ -722,9 +723,8 @@ def test_a_probe_of_one_row_has_no_say() -> None:
     strategy = build("copra-merge")
     target = goal()
     inner = target_probe(target)
-    merged, _ = one_round(
-        strategy, cohort(*FULL), towards(target, far=[3]), lambda t, rows: inner(t, rows)[:1]
-    )
+    probe = probe_of(lambda t, rows: inner.losses(t, rows)[:1])
+    merged, _ = one_round(strategy, cohort(*FULL), towards(target, far=[3]), probe)
     assert merged.diagnostics["vetoed"] == []
 
 
@@ -734,7 +734,7 @@ def test_losses_that_are_not_numbers_decide_nothing() -> None:
         strategy,
         cohort(*FULL),
         drift(0),
-        lambda _, rows: torch.full((ROWS_OF_PROBE,), float("nan"))[rows],
+        probe_of(lambda _, rows: torch.full((ROWS_OF_PROBE,), float("nan"))[rows]),
     )
     assert merged.diagnostics["vetoed"] == []
 

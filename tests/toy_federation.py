@@ -9,14 +9,14 @@ from torch import Tensor
 
 from clients.training import Trained
 from clients.upload import returned
-from common.lowrank import adapted_modules, factor_names
+from common.lowrank import Directions, Term, adapted_modules, factor_names
 from common.memory import Memory, under
 from common.messages import Plan
 from common.residuals import residual_name
 from common.sketches import projections
 from common.tensors import Tensors, part_of
 from strategies import STRATEGIES
-from strategies.base import Client, Served, Setting, Strategy, Update
+from strategies.base import Client, Probe, Served, Setting, Strategy, Update
 
 MODULES = {"enc.0.query": (12, 10), "enc.0.value": (10, 10), "enc.1.query": (9, 14)}
 HEAD = {"weight": (3, 10), "bias": (3,)}
@@ -121,6 +121,37 @@ def drift(seed: int, *, alike: bool = False) -> Train:
         }
 
     return train
+
+
+def probe_of(losses: Callable[[Tensors, slice], Tensor], step: float = 1e-4) -> Probe:
+    """Return the probe with these losses, and their slopes by central differences."""
+
+    def slopes(tensors: Tensors, directions: Directions, rows: slice) -> Tensor:
+        count = directions.mixing.shape[1]
+
+        def moved(k: int, by: float) -> Tensor:
+            return losses(_moved(tensors, directions, k, by), rows).double()
+
+        return torch.stack(
+            [(moved(k, step) - moved(k, -step)) / (2 * step) for k in range(count)], dim=1
+        )
+
+    return Probe(losses, slopes)
+
+
+def _moved(tensors: Tensors, directions: Directions, k: int, by: float) -> dict[str, Tensor]:
+    """Return the model moved along direction k, exactly: with factors of a larger rank."""
+    moved = dict(tensors)
+    for module, stack in directions.stacks.items():
+        term = Term.of(tensors, module)
+        wide = scale(term.rank + stack.rank)
+        name_B, name_A = factor_names(module)
+        change = by * stack.B.double() * directions.mixing[:, k]
+        moved[name_B] = torch.cat([term.B.double() * scale(term.rank), change], dim=1) / wide
+        moved[name_A] = torch.cat([term.A, stack.A]).double()
+    for name, changes in directions.entries.items():
+        moved[name] = tensors[name] + by * changes[k]
+    return moved
 
 
 def updates_of(

@@ -1,0 +1,299 @@
+"""Coefficients of copra-merge: suspects, barriers, tilts and steps, against numbers by hand."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from toy_federation import (
+    MODULES,
+    build,
+    client,
+    cohort,
+    common_start,
+    drift,
+    play,
+    probe_of,
+    updates_of,
+)
+
+from common.tensors import Tensors, digest
+from strategies.base import Client, Update
+from strategies.copra_weights import (
+    Proposal,
+    bump,
+    choose_step,
+    discount_barriers,
+    judged,
+    suspects,
+    tilt,
+    veto,
+    without,
+)
+
+ROWS = 200
+
+
+@dataclass(frozen=True)
+class Bowl:
+    """Losses `‖θ - t_i‖²` of models `G + Σ c_k D_k`, t_i around a target; slopes are exact."""
+
+    increments: Tensor  # (K, p)
+    target: Tensor  # (p,)
+
+    @property
+    def clients(self) -> Sequence[int]:
+        return [10 * k for k in range(len(self.increments))]
+
+    def _gaps(self, coefficients: Sequence[float], rows: slice) -> Tensor:
+        draw = torch.Generator().manual_seed(0)
+        noise = torch.randn(ROWS, len(self.target), generator=draw, dtype=torch.float64)
+        model = torch.tensor(coefficients, dtype=torch.float64) @ self.increments
+        return (model - self.target - 0.1 * noise)[rows]
+
+    def losses(self, proposal: Proposal, rows: slice) -> Tensor:
+        return self._gaps(proposal.coefficients, rows).square().sum(dim=1)
+
+    def slopes(self, proposal: Proposal, rows: slice) -> Tensor:
+        return 2 * self._gaps(proposal.coefficients, rows) @ self.increments.T
+
+    def along(self, client: int, position: float, rows: slice) -> Tensor:
+        one = [0.0] * len(self.increments)
+        one[client] = position
+        return self._gaps(one, rows).square().sum(dim=1)
+
+
+def bowl(*increments: Sequence[float]) -> Bowl:
+    return Bowl(torch.tensor(increments, dtype=torch.float64), torch.tensor([1.0, 0.0]).double())
+
+
+def even(count: int) -> Proposal:
+    return Proposal((1 / count,) * count, (1.0,) * count)
+
+
+HARMED = bowl([1.0, 0.1], [1.0, -0.1], [0.9, 0.0], [-2.0, 0.0])
+
+
+def test_the_first_order_gain_of_leaving_out_is_that_of_small_weights() -> None:
+    """`L(w) - L(w without k) -> w_k/(1-w_k)·(g_k - Σ w_j g_j)` as w_k goes to zero."""
+    weights = (0.5, 0.3, 0.19999, 0.00001)
+    plain = Proposal(weights, (1.0,) * 4)
+    gain = HARMED.losses(plain, slice(None)) - HARMED.losses(without(plain, 3), slice(None))
+    slopes = HARMED.slopes(plain, slice(None))
+    first = 0.00001 / 0.99999 * (slopes[:, 3] - slopes @ torch.tensor(weights).double())
+    torch.testing.assert_close(gain, first, rtol=5e-3, atol=1e-8)
+
+
+def test_who_pulls_the_wrong_way_is_a_suspect_and_the_others_are_not() -> None:
+    assert set(suspects(HARMED, even(4))) == {3}
+
+
+def test_screening_asks_for_the_losses_of_suspects_only_and_decides_the_same() -> None:
+    screened = veto(HARMED, even(4), 2.0, screened=True)
+    everyone = veto(HARMED, even(4), 2.0, screened=False)
+    assert screened.notes["proposed"] == everyone.notes["proposed"] == [30]
+    assert set(screened.notes["leave_one_out_z"]) == {"30"}
+    assert set(everyone.notes["leave_one_out_z"]) == {"0", "10", "20", "30"}
+    assert screened.proposal == everyone.proposal
+    assert screened.proposal.weights == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0))
+
+
+def test_a_limit_counts_as_a_shorter_increment() -> None:
+    halved = replace(HARMED, increments=HARMED.increments * torch.tensor([[1], [1], [1], [0.5]]))
+    limited = replace(even(4), limits=(1.0, 1.0, 1.0, 0.5))
+    assert suspects(HARMED, limited) == pytest.approx(suspects(halved, even(4)))
+    assert suspects(HARMED, limited) != pytest.approx(suspects(HARMED, even(4)))
+
+
+def test_a_bump_is_what_three_points_say() -> None:
+    """Losses 1, 2, 1.5: above the line by 2 - 1.25, and curved downwards: stay at the start."""
+    start, middle, end = (torch.full((4,), value) for value in (1.0, 2.0, 1.5))
+    found = bump(start, middle, end)
+    assert (found.height, found.error, found.best) == (0.75, 0.0, 0.0)
+    # 1, 0.5, 1.5 is 1 - 2.5λ + 3λ²: least at 2.5/6.
+    found = bump(*(torch.full((4,), value) for value in (1.0, 0.5, 1.5)))
+    assert found.height == 0
+    assert found.best == pytest.approx(2.5 / 6)
+    # A straight way down ends at the end; one that falls on beyond it is followed to 1.5.
+    assert bump(*(torch.full((4,), value) for value in (3.0, 2.0, 1.0))).best == 1
+    assert bump(*(torch.full((4,), value) for value in (3.0, 1.9, 1.0))).best == 1.5
+
+
+def test_a_bumps_standard_error_is_paired() -> None:
+    swing = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    alike = bump(1 + swing, 2 + swing, 1 + swing)
+    assert (alike.height, alike.error) == (1.0, 0.0)
+    apart = bump(1 + 0 * swing, 2 + swing, 1 + 0 * swing)
+    assert apart.error == pytest.approx(float(swing.std()) / 2)
+
+
+@dataclass(frozen=True)
+class Ridge(Bowl):
+    """As the bowl, but on the way to client 3 losses rise by `ridge` before they fall back."""
+
+    ridge: float = 0.0
+
+    def along(self, client: int, position: float, rows: slice) -> Tensor:
+        if client != 3:
+            return Bowl.along(self, client, position, rows)
+        height = {0.0: 1.0, 0.5: 1.0 + self.ridge, 1.0: 1.0}[position]
+        return height * Bowl.along(self, 0, 0.0, rows)
+
+
+def test_barriers_are_counted_by_the_formula_and_honest_clients_have_none() -> None:
+    ridge = Ridge(HARMED.increments, HARMED.target, ridge=0.1)
+    found = discount_barriers(ridge, even(4), limit=0.25)
+    over = ridge.along(3, 0.5, slice(0, None, 2)) - ridge.along(3, 0.0, slice(0, None, 2))
+    f0, height = float(ridge.along(0, 0.0, slice(0, None, 2)).mean()), float(over.mean())
+    slack = max(0.01, 2 * float(over.std()) / math.sqrt(ROWS / 2))
+    beta = math.exp(-(height - slack) / (0.05 * f0))
+    assert found.notes["behind_barriers"] == []
+    assert found.proposal.weights == pytest.approx([w / (3 + beta) for w in (1.0, 1.0, 1.0, beta)])
+
+
+def test_who_stands_behind_a_high_barrier_is_vetoed_within_the_third() -> None:
+    ridge = Ridge(HARMED.increments, HARMED.target, ridge=0.5)
+    found = discount_barriers(ridge, even(4), limit=0.25)
+    assert found.notes["behind_barriers"] == [30]
+    assert found.proposal.weights[3] == 0
+    # One of four has gone already: there is no room for another.
+    three = replace(even(4), weights=(0.5, 0.0, 0.25, 0.25))
+    later = discount_barriers(ridge, three, limit=0.25)
+    assert later.notes["behind_barriers"] == []
+    assert 0 < later.proposal.weights[3] < 1e-3
+
+
+def test_a_tilt_goes_downhill_and_keeps_its_caps() -> None:
+    by_data = (0.25,) * 4
+    found = tilt(HARMED, even(4), by_data, steps=10).proposal
+    before = float(HARMED.losses(even(4), slice(None)).mean())
+    after = float(HARMED.losses(found, slice(None)).mean())
+    assert after < before
+    assert sum(found.weights) == pytest.approx(1)
+    assert found.weights[3] < 0.1
+    assert all(w <= 3 * 0.25 + 1e-9 for w in found.weights)
+    assert 1 / sum(w * w for w in found.weights) >= 4 / 3 - 1e-6
+
+
+def test_one_step_of_the_tilt_is_the_formula() -> None:
+    weights = torch.tensor([0.4, 0.3, 0.3], dtype=torch.float64)
+    trial = bowl([0.2, 0.0], [0.1, 0.1], [0.3, -0.1])
+    plain = Proposal(tuple(weights.tolist()), (1.0,) * 3)
+    g = trial.slopes(plain, slice(0, None, 2)).mean(dim=0)
+    turned = weights * (-2 * (g - weights @ g)).exp()
+    found = tilt(trial, plain, weights.tolist(), steps=1).proposal
+    assert found.weights == pytest.approx((turned / turned.sum()).tolist())
+
+
+def test_equal_slopes_tilt_nothing() -> None:
+    same = bowl([0.5, 0.0], [0.5, 0.0], [0.5, 0.0])
+    uneven = Proposal((0.6, 0.3, 0.1), (1.0,) * 3)
+    assert tilt(same, uneven, uneven.weights, steps=5).proposal.weights == pytest.approx(
+        uneven.weights
+    )
+
+
+def test_a_tilt_leaves_a_vetoed_client_out() -> None:
+    vetoed = without(even(4), 0)
+    assert tilt(HARMED, vetoed, (0.25,) * 4, steps=3).proposal.weights[0] == 0
+
+
+def test_a_longer_step_is_taken_where_it_pays() -> None:
+    short = bowl([0.6, 0.0], [0.6, 0.0], [0.6, 0.0])
+    assert choose_step(short, even(3), (0.5, 1.5)).proposal.step == 1.5
+    there = bowl([1.0, 0.0], [1.0, 0.0], [1.0, 0.0])
+    assert choose_step(there, even(3), (0.5, 1.5)).proposal.step == 1.0
+
+
+def test_the_judge_is_the_other_half() -> None:
+    better = without(even(4), 3)
+    assert judged(HARMED, even(4), better) > 1
+    assert judged(HARMED, better, even(4)) < -1
+    assert judged(HARMED, even(4), even(4)) == 0
+
+
+# --- the whole method -----------------------------------------------------------------------------
+
+FULL = (0, 1, 2, 3, 4, 5)
+
+
+def far_away(who: Client, sent: Tensors) -> Tensors:
+    return drift(3 if who.client == 5 else 1, alike=who.client != 5)(who, sent)
+
+
+def head_losses(tensors: Tensors, rows: slice) -> Tensor:
+    """Losses that only the head decides, lowest where honest clients take it."""
+    aim = drift(1, alike=True)(client(0), common_start())
+    gap = torch.cat(
+        [(tensors[n].double() - aim[n].double()).flatten() for n in sorted(aim) if "head" in n]
+    )
+    draw = torch.Generator().manual_seed(4)
+    weights = 1 + 0.2 * torch.rand(100, generator=draw, dtype=torch.float64)
+    return (weights * gap.square().sum())[rows]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"barrier_limit": 0.25},
+        {"tilt_steps": 5},
+        {"step_lengths": (0.75, 1.25)},
+        {"tilt_steps": 5, "step_lengths": (0.75, 1.25), "barrier_limit": 0.25},
+        {"gauge": "lora"},
+        {"screening": "none"},
+    ],
+)
+def test_every_step_leaves_agreeing_clients_alone_and_gains_on_the_judges(
+    options: dict[str, object],
+) -> None:
+    strategy = build("copra-merge", **options)
+    state = strategy.start(common_start())
+    same = updates_of(strategy, state, cohort(*FULL), drift(1, alike=True))
+    same = [Update(u.client, 10, u.tensors, u.sent) for u in same]
+    merged = strategy.merge(state, same, probe_of(head_losses))
+    assert set(merged.diagnostics["weights"].values()) == {1 / 6}
+
+    updates = updates_of(strategy, state, cohort(*FULL), far_away)
+    probe = probe_of(head_losses)
+    merged = strategy.merge(state, updates, probe)
+    plain = strategy.merge(state, updates, None)
+    judge = slice(1, None, 2)
+    (found,), (before,) = strategy.serve(merged.state), strategy.serve(plain.state)
+    assert float(probe.losses(found.tensors, judge).mean()) <= float(
+        probe.losses(before.tensors, judge).mean()
+    )
+    assert merged.diagnostics["weights"]["5"] < plain.diagnostics["weights"]["5"]
+    assert "accepted" in merged.diagnostics["decision"]
+
+
+def test_gauges_serve_the_same_delta_and_other_factors() -> None:
+    found = {}
+    for gauge in ("balanced", "lora"):
+        strategy = build("copra-merge", gauge=gauge)
+        state = play(strategy, [cohort(*FULL)])
+        (found[gauge],) = strategy.serve(state)
+    balanced, lora = found["balanced"].tensors, found["lora"].tensors
+    for module in MODULES:
+        name_B, name_A = f"{module}.lora_B.weight", f"{module}.lora_A.weight"
+        torch.testing.assert_close(
+            lora[name_B] @ lora[name_A], balanced[name_B] @ balanced[name_A], rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            lora[name_A].norm(dim=1), torch.full((4,), 3**-0.5), rtol=1e-5, atol=0
+        )
+        B = balanced[name_B]
+        torch.testing.assert_close(B.T @ B, balanced[name_A] @ balanced[name_A].T)
+
+
+def test_without_a_probe_every_option_of_the_probe_is_idle() -> None:
+    plain, other = build("copra-merge"), build("copra-merge", tilt_steps=3, barrier_limit=0.2)
+    first = play(plain, [cohort(*FULL)] * 2)
+    assert digest(first) == digest(play(other, [cohort(*FULL)] * 2))
+
+
+@pytest.mark.parametrize("length", [0.0, -1.0, 1.6])
+def test_a_step_that_stands_still_or_leaps_is_refused(length: float) -> None:
+    with pytest.raises(ValueError, match="above 0 and at most"):
+        build("copra-merge", step_lengths=(length,))
