@@ -8,10 +8,11 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.evaluation import evaluate_own
+from clients.evaluation import evaluate_own, judge
 from clients.training import LocalRun, train_locally
 from clients.upload import compressed, rank_of, returned
 from common.adapters import AdaptedBackbone, at_rank, load_adapted_backbone
+from common.candidates import scores, unpacked
 from common.config import Experiment
 from common.errors import UpdateRefusedError
 from common.features import Features
@@ -91,6 +92,15 @@ def project(message: Message, context: Context) -> Message:
     experiment = _experiment(plan.experiment)
     scale = experiment.adapter.scale(experiment.adapter.rank_of(plan.client))
     tensors = projections(under("pending/", memory.own), scale, bases)
+    return Message(pack_update(Outcome(plan.client, 1, 0.0, 0.0), tensors), reply_to=message)
+
+
+@app.train("score")
+def score(message: Message, context: Context) -> Message:
+    """Score candidates for the next model on some of this client's rows; scores alone go back."""
+    plan, question = unpack_instruction(message.content)
+    candidates = unpacked(question)
+    tensors = scores(judge(candidates, _experiment(plan.experiment), plan))
     return Message(pack_update(Outcome(plan.client, 1, 0.0, 0.0), tensors), reply_to=message)
 
 

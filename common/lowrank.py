@@ -174,6 +174,12 @@ class Span:
         X, S, Yh = torch.linalg.svd(self.core(coefficients), full_matrices=False)
         return _signed(self._Q_P @ X, S, self._Q_Q @ Yh.T)
 
+    def gram(self, mixing: Tensor) -> Tensor:
+        """Return (K, K): inner products of `Σ_j B_j·diag(c_jk)·A_j`, for mixing (Σ r_j, K)."""
+        columns = torch.cat(self._T_P, dim=1), torch.cat(self._T_Q, dim=1)
+        overlap = (columns[0].T @ columns[0]) * (columns[1].T @ columns[1])
+        return mixing.T @ overlap @ mixing
+
     def norm(self, coefficients: Sequence[float | Tensor]) -> float:
         """Return the Frobenius norm of `Σ_j B_j·diag(c_j)·A_j`."""
         return float(torch.linalg.matrix_norm(self.core(coefficients)))

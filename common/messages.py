@@ -164,8 +164,8 @@ def remember(state: RecordDict, client: int, run: str, memory: Memory) -> None:
 def kind_of(name: str) -> str:
     """Return under which heading the bytes of a tensor are counted.
 
-    `A`, `B`, `head`, `residual` (changes of the base), `control` (control variates), `sketch`, or
-    `unknown` for what is going to be refused.
+    `A`, `B`, `head`, `residual` (changes of the base), `control` (control variates), `sketch`,
+    `candidate` and `score`, or `unknown` for what is going to be refused.
     """
     if is_change(name) or is_residual(name):
         return "residual"
@@ -177,6 +177,8 @@ _KINDS = {
     "lora_B": "B",
     "head": "head",
     "control": "control",
+    "candidate": "candidate",
+    "score": "score",
     "sketch": "sketch",
     "basis": "sketch",
     "projection": "sketch",

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from common.candidates import ERRORS, GAINS
 from common.compression import Format, decode
 from common.errors import UpdateRefusedError
 from common.lowrank import adapted_modules, factor_names, is_factor
@@ -36,7 +37,7 @@ def wanted_update(model: Tensors, trains: Sequence[str], rules: LocalRules) -> l
 
 
 def wanted_projections(model: Tensors, rules: LocalRules) -> list[Shapes]:
-    """Return the form of the answer to a second question."""
+    """Return the form of the projections that a client answers with."""
     return [
         {
             projection_name(module): torch.Size(
@@ -45,6 +46,12 @@ def wanted_projections(model: Tensors, rules: LocalRules) -> list[Shapes]:
             for module in adapted_modules(model)
         }
     ]
+
+
+def wanted_scores(candidates: int) -> list[Shapes]:
+    """Return the form of a judge's scores of this many candidates."""
+    size = torch.Size([candidates])
+    return [{GAINS: size, ERRORS: size}]
 
 
 def _pruned(shapes: Shapes, share: float) -> Shapes:

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategyBase
 
 from common.adapters import at_rank
+from common.candidates import unpacked
 from common.compression import Format
 from common.config import Experiment
 from common.errors import ConfigError, FedcopraError, UpdateRefusedError
@@ -30,7 +31,14 @@ from common.messages import (
     unpack_update,
 )
 from common.metrics import Scores
-from common.returns import Shapes, read_update, wanted_projections, wanted_update
+from common.returns import (
+    Shapes,
+    read_update,
+    wanted_projections,
+    wanted_scores,
+    wanted_update,
+)
+from common.rules import LocalRules
 from common.seeds import numpy_generator
 from common.shards import deal_shards
 from common.tensors import Tensors, digest
@@ -374,33 +382,40 @@ class FedcopraStrategy(FlowerStrategyBase):
 
     def _follow_up(self, updates: list[Update], clients: list[dict[str, Any]]) -> list[Update]:
         """Ask the second question of a round, and lay question and answers over the updates."""
-        ask, grid = self._strategy.follow_up, self._grid
-        if ask is None or grid is None:
+        follow_up, grid = self._strategy.follow_up, self._grid
+        if follow_up is None or grid is None:
             raise RuntimeError("there is no second question, or no round in progress")
-        question = ask(self._state, updates)
+        question = follow_up.ask(self._state, updates)
         plans = {sent.client.client: sent.plan for sent in self._round.sent}
-        messages = []
-        for update in updates:
-            message = Message(
-                pack_instruction(plans[update.client.client], question),
-                dst_node_id=self._nodes[update.client.client],
-                message_type="train.project",
+        messages = {}
+        for client in follow_up.asked(self._state, updates):
+            messages[client] = Message(
+                pack_instruction(plans[client], question),
+                dst_node_id=self._nodes[client],
+                message_type=f"train.{follow_up.kind}",
             )
-            self._charge(update.client, "down", message)
-            messages.append(message)
-        replies = grid.send_and_receive(messages, timeout=self._experiment.federation.timeout)
+            self._charge(self._setting.clients[client], "down", messages[client])
+        replies = grid.send_and_receive(
+            messages.values(), timeout=self._experiment.federation.timeout
+        )
         by_question = {reply.metadata.reply_to_message_id: reply for reply in replies}
         answered = []
-        for update, message in zip(updates, messages, strict=True):
+        for update in updates:
+            message = messages.get(update.client.client)
+            if message is None:
+                answered.append(update)
+                continue
             reply = by_question.get(message.metadata.message_id)
-            wanted = wanted_projections(update.sent, self._strategy.rules)
+            wanted = _WANTED_ANSWERS[follow_up.kind](update, self._strategy.rules, question)
             status, tensors = self._read(update.client, reply, wanted, update.sent, "float32")
-            if tensors is None:
+            if tensors is not None:
+                complete = {**update.tensors, **question, **tensors}
+                answered.append(replace(update, tensors=complete))
+            elif follow_up.indispensable:
                 row = next(row for row in clients if row["client"] == update.client.client)
                 row |= {key: status[key] for key in ("status", "reason")}
             else:
-                complete = {**update.tensors, **question, **tensors}
-                answered.append(replace(update, tensors=complete))
+                answered.append(update)
         return answered
 
     # --- one client ----------------------------------------------------------------------------
@@ -508,6 +523,11 @@ class FedcopraStrategy(FlowerStrategyBase):
         for client in clients:
             client["weight"] = weights.get(str(client["client"]), 0.0)
 
+
+_WANTED_ANSWERS: Mapping[str, Callable[[Update, LocalRules, Tensors], Sequence[Shapes]]] = {
+    "project": lambda update, rules, _: wanted_projections(update.sent, rules),
+    "score": lambda _, __, question: wanted_scores(len(unpacked(question))),
+}
 
 _NOT_SCORED = {"accuracy": None, "loss": None, "own_accuracy": None, "own_loss": None}
 

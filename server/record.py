@@ -18,7 +18,7 @@ from common.config import Experiment
 from common.errors import ConfigError, DataError
 from common.memory import under
 from common.shards import deal_shards
-from common.tensors import Tensors
+from common.tensors import Tensors, only
 from server.environment import describe_environment
 from server.flower_strategy import Outcomes
 from server.folders import FORMAT, RECORD, SERVED, UPDATES, write_json
@@ -97,9 +97,10 @@ def write_run(folder: Path, record: Mapping[str, Any], outcomes: Outcomes) -> No
         folder / SERVED,
     )
     if outcomes.updates:
-        found = {}
+        found: dict[str, Tensors] = {}
         for update in outcomes.updates:
-            found[_returned(update.client.client)] = update.tensors
+            # Without what belongs to the round alone, as the scores of a judge.
+            found[_returned(update.client.client)] = only(update.tensors, set(update.sent))
             found[_sent(update.client.client)] = update.sent
         _save(found, folder / UPDATES)
 

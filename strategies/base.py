@@ -11,7 +11,7 @@ server keeps holds a slash (`server/round`, `client.3/head.news.bias`) and never
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -125,6 +125,29 @@ def each_its_own(cohort: Sequence[int]) -> list[Assignment]:
     return [Assignment(client, (client,)) for client in cohort]
 
 
+@dataclass(frozen=True)
+class FollowUp:
+    """A second exchange in a round; question and answers are laid over the updates.
+
+    Attributes:
+        kind: what clients are asked to do: `project` what they trained on the server's bases
+            (`common.sketches`), or `score` candidates on their rows (`common.candidates`).
+        ask: the question, from the state and the updates.
+        asked: the clients that get it, among those of the updates.
+        indispensable: whether an update counts for nothing without the answer.
+    """
+
+    kind: Literal["project", "score"]
+    ask: Callable[[Tensors, Sequence[Update]], Tensors]
+    asked: Callable[[Tensors, Sequence[Update]], Sequence[int]]
+    indispensable: bool
+
+
+def everyone(_: Tensors, updates: Sequence[Update]) -> list[int]:
+    """Ask every client of the round."""
+    return [update.client.client for update in updates]
+
+
 EVERYTHING = ("lora_A", "lora_B", "head")
 
 
@@ -146,8 +169,7 @@ class Strategy:
         serve: the models that users would get.
         trains: the parts that clients train in the round that starts from this state.
         rules: what clients do beside training on their rows; plain values, sent to them.
-        follow_up: where the method needs a second exchange in a round, what the server asks with
-            after the first; question and answers are laid over the updates before `merge`.
+        follow_up: the second exchange in a round, where the method needs one.
         personalised: whether each client's model differs, by what it keeps to itself.
         probe_examples: how many probe rows `merge` wants; 0 for none.
         assign: who trains on what; federated methods leave it alone.
@@ -159,7 +181,7 @@ class Strategy:
     serve: Callable[[Tensors], Sequence[Served]]
     trains: Callable[[Tensors], tuple[str, ...]] = trains_everything
     rules: LocalRules = NO_RULES
-    follow_up: Callable[[Tensors, Sequence[Update]], Tensors] | None = None
+    follow_up: FollowUp | None = None
     personalised: bool = False
     probe_examples: int = 0
     assign: Callable[[Sequence[int]], Sequence[Assignment]] = each_its_own

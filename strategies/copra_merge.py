@@ -14,13 +14,14 @@ would shrink it every round. Specification 7; the coefficients are found in `cop
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from common.candidates import packed
 from common.errors import ConfigError
 from common.lowrank import (
     SVD,
@@ -34,9 +35,11 @@ from common.lowrank import (
     orthonormal_factors,
 )
 from common.rules import TURNING
+from common.seeds import numpy_generator
 from common.tensors import Tensors
 from strategies.base import (
     Client,
+    FollowUp,
     Merged,
     Options,
     Probe,
@@ -44,8 +47,10 @@ from strategies.base import (
     Setting,
     Strategy,
     Update,
+    counted,
     data_weights,
     heads_of,
+    merges_so_far,
     model_of,
     revive_dead_directions,
     send_prefix,
@@ -54,11 +59,13 @@ from strategies.copra_weights import (
     SMALLEST_COHORT,
     Chosen,
     Proposal,
+    by_judges,
     choose_step,
     discount_barriers,
     judged,
     tilt,
     veto,
+    without,
 )
 
 
@@ -66,7 +73,10 @@ class CopraMergeOptions(Options):
     """Options of copra-merge.
 
     Attributes:
-        probe_examples: probe rows used; 0 merges by weighted increments alone.
+        probe: who has labelled rows to try merges on: the `server`; `clients`, of whom a few score
+            candidates on rows of their own; or `none`, and increments are weighted by data.
+        probe_examples: rows of the probe: on the server, or at each judge.
+        judges: how many clients score candidates, with `probe = "clients"`.
         server_rank: rank R of the global adapter; 0 takes the largest rank of any client.
         gauge: how a delta is split into factors: evenly (`balanced`), or with A like a fresh
             adapter's and all singular values in B (`lora`).
@@ -81,7 +91,9 @@ class CopraMergeOptions(Options):
         step_lengths: other lengths of the step to try beside 1.
     """
 
-    probe_examples: int = Field(512, ge=0)
+    probe: Literal["server", "clients", "none"] = "server"
+    probe_examples: int = Field(512, ge=2)
+    judges: int = Field(3, ge=1)
     server_rank: int = Field(0, ge=0)
     gauge: Literal["balanced", "lora"] = "balanced"
     norm_limit: float = Field(5.0, gt=1)
@@ -114,7 +126,13 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
             f"strategy.copra-merge.server_rank = {rank}: a client has rank {setting.rank}; choose "
             "at least that, or 0 for the largest of any client"
         )
-    server_scale = setting.scale(rank)
+    server_scale, by_clients = setting.scale(rank), options.probe == "clients"
+
+    def prepare(state: Tensors, updates: Sequence[Update]) -> tuple[_Merger, Proposal]:
+        split = _GAUGES[options.gauge]
+        merger = _Merger(state, updates, rank, server_scale, setting.seed, split)
+        limits = merger.length_limits(options.norm_limit)
+        return merger, Proposal(tuple(data_weights(updates)), tuple(limits))
 
     def start(tensors: Tensors) -> Tensors:
         state = dict(heads_of(tensors))
@@ -130,10 +148,10 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
 
     def merge(state: Tensors, updates: Iterable[Update], probe: Probe | None) -> Merged:
         updates = list(updates)
-        merger = _Merger(state, updates, rank, server_scale, setting.seed, _GAUGES[options.gauge])
-        by_data = data_weights(updates)
-        plain = Proposal(tuple(by_data), tuple(merger.length_limits(options.norm_limit)))
-        if probe is None or options.probe_examples == 0:
+        merger, plain = prepare(state, updates)
+        if options.probe == "clients":
+            chosen = by_judges(_candidates(merger, plain), updates)
+        elif probe is None:
             chosen = Chosen(plain, {"decision": "no probe set: weighted increments"})
         elif len(updates) < SMALLEST_COHORT:
             chosen = Chosen(plain, {"decision": "too few clients to probe: weighted increments"})
@@ -145,7 +163,7 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
         }
         clipped = [u.client.client for u, k in zip(updates, plain.limits, strict=True) if k < 1]
         return Merged(
-            merged.tensors,
+            {**merged.tensors, **counted(state)},
             {
                 "kept_energy": merged.kept_energy,
                 "clipped": clipped,
@@ -159,13 +177,23 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
     def serve(state: Tensors) -> Sequence[Served]:
         return [Served(model_of(state), rank)]
 
+    def ask(state: Tensors, updates: Sequence[Update]) -> Tensors:
+        merger, plain = prepare(state, updates)
+        return packed([merger.candidate(p).tensors for p in _candidates(merger, plain)])
+
+    def asked(state: Tensors, updates: Sequence[Update]) -> list[int]:
+        stream = numpy_generator(setting.seed, "judges", merges_so_far(state))
+        clients = [update.client.client for update in updates]
+        return sorted(int(k) for k in stream.permutation(clients)[: options.judges])
+
     return Strategy(
         start=start,
         send=send,
         merge=merge,
         serve=serve,
-        rules=TURNING,
-        probe_examples=options.probe_examples,
+        rules=replace(TURNING, judge_rows=options.probe_examples if by_clients else 0),
+        follow_up=FollowUp("score", ask, asked, indispensable=False) if by_clients else None,
+        probe_examples=options.probe_examples if options.probe == "server" else 0,
     )
 
 
@@ -193,6 +221,20 @@ def _choose(trial: "_Probed", plain: Proposal, options: CopraMergeOptions) -> Ch
         return Chosen(proposal, notes | {"vetoed": left_out, "judged_z": z, "decision": said})
     said = f"proposal dropped: the judging half gains only {z:.1f} standard errors"
     return Chosen(plain, notes | {"judged_z": z, "decision": said})
+
+
+def _candidates(merger: "_Merger", plain: Proposal) -> list[Proposal]:
+    """Return what judges compare: weights by data, and these without who agrees least.
+
+    A client agrees by the cosine between its increment and the others' mean; without data on the
+    server nothing else is known of it. Left out are the last one, and the last third.
+    """
+    count = len(plain.weights)
+    if count < SMALLEST_COHORT:
+        return [plain]
+    agreement = merger.agreement(plain)
+    last_first = sorted(range(count), key=lambda k: agreement[k])
+    return [plain, *(without(plain, *last_first[:left]) for left in sorted({1, count // 3}))]
 
 
 class _Probed:
@@ -247,10 +289,15 @@ class _Merger:
             module: Span([Term.of(state, module), *(Term.of(u.tensors, module) for u in updates)])
             for module in self._modules
         }
+        ranks = [(u.client.rank, u.client.scale) for u in updates]
+        own = [torch.full((r, 1), s, dtype=torch.float64) for r, s in ranks]
+        block: Tensor = torch.block_diag(*own)  # type: ignore[no-untyped-call]
         # (K, R): which directions of G each client was sent.
         self._was_sent = torch.stack(
             [(torch.arange(rank) < u.client.rank).double() for u in updates]
         )
+        # (R + Σ r_k, K): every increment as a sum over the span of G and of what came back.
+        self._mixing = torch.cat([-scale * self._was_sent.T, block])
 
     @property
     def clients(self) -> list[int]:
@@ -279,6 +326,22 @@ class _Merger:
         return float(
             sum(span.norm([minus_sent, *coefficients]) ** 2 for span in self._spans.values()) ** 0.5
         )
+
+    def agreement(self, plain: Proposal) -> list[float]:
+        """Return the cosine of each client's increment with the weighted mean of the others'."""
+        count = len(self._updates)
+        gram = torch.zeros(count, count, dtype=torch.float64)
+        for span in self._spans.values():
+            gram += span.gram(self._mixing)
+        c = torch.tensor(plain.coefficients, dtype=torch.float64)
+        lengths = gram.diagonal().clamp_min(0).sqrt()
+        found = []
+        for k in range(count):
+            others = c.clone()
+            others[k] = 0
+            size = float((others @ gram @ others).clamp_min(0).sqrt() * lengths[k])
+            found.append(float(gram[k] @ others) / size if size > 0 else 0.0)
+        return found
 
     def candidate(self, proposal: Proposal) -> _Candidate:
         """Return `T_R(G + Σ c_k (ΔW_k - S_k))` and heads, c the proposal's coefficients."""
@@ -311,13 +374,6 @@ class _Merger:
 
     def increments(self) -> Directions:
         """Return the clients' increments as directions, heads included."""
-        ranks = [update.client.rank for update in self._updates]
-        own = [
-            torch.full((rank, 1), update.client.scale, dtype=torch.float64)
-            for rank, update in zip(ranks, self._updates, strict=True)
-        ]
-        own_block: Tensor = torch.block_diag(*own)  # type: ignore[no-untyped-call]
-        mixing = torch.cat([-self._scale * self._was_sent.T, own_block])
         stacks = {}
         for module in self._modules:
             terms = [Term.of(t, module) for t in (self._state, *(u.tensors for u in self._updates))]
@@ -333,4 +389,4 @@ class _Merger:
             )
             for name, head in heads_of(self._state).items()
         }
-        return Directions(stacks, mixing, heads)
+        return Directions(stacks, self._mixing, heads)

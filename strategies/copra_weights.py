@@ -13,6 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from common.candidates import ERRORS, GAINS
+from strategies.base import Update
+
 # One half of the probe rows proposes, the other judges.
 CHOOSE, JUDGE = slice(0, None, 2), slice(1, None, 2)
 SMALLEST_COHORT = 3  # at most a third of the clients may be vetoed
@@ -119,10 +122,10 @@ def veto(trial: Trial, start: Proposal, threshold: float, screened: bool) -> Cho
     return Chosen(proposal, notes | ({"proposed": vetoed} if vetoed else {}))
 
 
-def without(proposal: Proposal, client: int) -> Proposal:
-    """Return the proposal without the client at this position."""
-    rest = 1 - proposal.weights[client]
-    weights = tuple(0.0 if k == client else w / rest for k, w in enumerate(proposal.weights))
+def without(proposal: Proposal, *clients: int) -> Proposal:
+    """Return the proposal without the clients at these positions."""
+    rest = 1 - sum(proposal.weights[k] for k in clients)
+    weights = tuple(0.0 if k in clients else w / rest for k, w in enumerate(proposal.weights))
     return replace(proposal, weights=weights)
 
 
@@ -246,6 +249,39 @@ def choose_step(trial: Trial, start: Proposal, lengths: Sequence[float]) -> Chos
 def judged(trial: Trial, plain: Proposal, proposal: Proposal) -> float:
     """Return by how many standard errors the proposal beats plain weights on the judging half."""
     return paired_z(trial.losses(plain, JUDGE), trial.losses(proposal, JUDGE))
+
+
+def by_judges(candidates: Sequence[Proposal], updates: Sequence[Update]) -> Chosen:
+    """Choose among candidates, the first of them plain, by the scores of clients (7.5).
+
+    A candidate is accepted if it gains more than one standard error for more than half of the
+    judges: one who lies has one vote. Among the accepted the one of the highest median gain wins.
+    """
+    plain = candidates[0]
+    judges = [update for update in updates if GAINS in update.tensors]
+    if not judges or len(candidates) == 1:
+        return Chosen(plain, {"decision": "no client has judged: weighted increments"})
+    gains = torch.stack([judge.tensors[GAINS] for judge in judges]).double()
+    errors = torch.stack([judge.tensors[ERRORS] for judge in judges]).double()
+    votes = (gains > errors).sum(dim=0)
+    medians = gains.quantile(0.5, dim=0)
+    accepted = [k for k in range(1, len(candidates)) if votes[k] > len(judges) / 2]
+    best = max(accepted, key=lambda k: float(medians[k]), default=0)
+    left_out = [
+        update.client.client
+        for update, weight in zip(updates, candidates[best].weights, strict=True)
+        if weight == 0
+    ]
+    notes = {
+        "judges": [judge.client.client for judge in judges],
+        "votes": votes[1:].tolist(),
+        "median_gains": medians[1:].tolist(),
+        "vetoed": left_out,
+        "decision": f"{int(votes[best])} of {len(judges)} judges gain without {left_out}"
+        if best
+        else "no candidate gains for more than half of the judges: weights by data",
+    }
+    return Chosen(candidates[best], notes)
 
 
 def _by_client(trial: Trial, values: Sequence[float]) -> list[tuple[str, float]]:

@@ -22,6 +22,7 @@ from common.sketches import basis_name, projection_name, sketch_name
 from common.tensors import Tensors
 from strategies.base import (
     Client,
+    FollowUp,
     Merged,
     Options,
     Probe,
@@ -29,6 +30,7 @@ from strategies.base import (
     Setting,
     Strategy,
     Update,
+    everyone,
     mean_of_parts,
     model_of,
     revive_dead_directions,
@@ -54,7 +56,7 @@ def fedask(options: FedASKOptions, setting: Setting) -> Strategy:
     def send(state: Tensors, client: Client) -> Tensors:
         return send_prefix(state, client, server_scale)
 
-    def follow_up(state: Tensors, updates: Sequence[Update]) -> Tensors:
+    def bases(state: Tensors, updates: Sequence[Update]) -> Tensors:
         sums = mean_of_parts(updates, ("sketch",))
         return {
             basis_name(module): _basis(sums[sketch_name(module)], width)
@@ -87,7 +89,7 @@ def fedask(options: FedASKOptions, setting: Setting) -> Strategy:
         merge=merge,
         serve=serve,
         rules=LocalRules(sketch=width, steady=False),
-        follow_up=follow_up,
+        follow_up=FollowUp("project", bases, everyone, indispensable=True),
     )
 
 

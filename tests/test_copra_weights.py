@@ -19,11 +19,13 @@ from toy_federation import (
     updates_of,
 )
 
+from common.candidates import ERRORS, GAINS, scores, unpacked
 from common.tensors import Tensors, digest
 from strategies.base import Client, Update
 from strategies.copra_weights import (
     Proposal,
     bump,
+    by_judges,
     choose_step,
     discount_barriers,
     judged,
@@ -291,6 +293,71 @@ def test_without_a_probe_every_option_of_the_probe_is_idle() -> None:
     plain, other = build("copra-merge"), build("copra-merge", tilt_steps=3, barrier_limit=0.2)
     first = play(plain, [cohort(*FULL)] * 2)
     assert digest(first) == digest(play(other, [cohort(*FULL)] * 2))
+
+
+# --- clients that judge ---------------------------------------------------------------------------
+
+
+def judged_by(*found: tuple[Sequence[float], Sequence[float]]) -> list[Update]:
+    updates = []
+    for k, (gains, errors) in enumerate(found):
+        answer = {GAINS: torch.tensor(gains), ERRORS: torch.tensor(errors)} if gains else {}
+        updates.append(Update(client(k), 10, answer, {}))
+    return updates
+
+
+CANDIDATES = [even(4), without(even(4), 3), without(even(4), 3, 2)]
+
+
+def test_more_than_half_of_the_judges_decide_by_more_than_one_standard_error() -> None:
+    two_of_three = judged_by(
+        ([0, 0.2, 0.5], [0, 0.1, 0.6]), ([0, 0.3, 0.5], [0, 0.1, 0.6]), ([0, -9, 9], [0, 0.1, 0.1])
+    )
+    found = by_judges(CANDIDATES, [*two_of_three, *judged_by(((), ()))])
+    assert found.proposal == CANDIDATES[1]
+    assert found.notes["votes"] == [2, 1]
+    assert found.notes["vetoed"] == [0]  # the last update, which here is of client 0 as well
+    assert found.notes["median_gains"] == pytest.approx([0.2, 0.5])
+
+
+def test_without_a_majority_or_without_judges_weights_are_the_datas() -> None:
+    one_of_two = judged_by(([0, 5, 5], [0, 1, 1]), ([0, 0.5, -1], [0, 1, 1]))
+    for updates in (one_of_two, judged_by(((), ()), ((), ()))):
+        found = by_judges(CANDIDATES, [*updates, *judged_by(((), ()), ((), ()))])
+        assert found.proposal == even(4)
+
+
+def test_the_highest_median_wins_among_the_accepted() -> None:
+    both = judged_by(*[([0, 1.0, 2.0], [0, 0.1, 0.1])] * 4)
+    assert by_judges(CANDIDATES, both).proposal == CANDIDATES[2]
+
+
+def test_scores_are_paired_gains_over_the_first_candidate() -> None:
+    first, second = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.5, 3.5])
+    found = scores([first, second])
+    assert found[GAINS].tolist() == pytest.approx([0.0, 0.5 / 3])
+    assert found[ERRORS].tolist() == pytest.approx([0.0, float((first - second).std()) / 3**0.5])
+
+
+def test_judges_are_drawn_anew_each_round_and_see_who_agrees_least_left_out() -> None:
+    strategy = build("copra-merge", probe="clients", judges=2, clients=6)
+    assert strategy.follow_up is not None
+    assert strategy.probe_examples == 0
+    state = strategy.start(common_start())
+    panels = []
+    for number in range(4):
+        updates = updates_of(strategy, state, cohort(*FULL), far_away)
+        panels.append(tuple(strategy.follow_up.asked(state, updates)))
+        models = unpacked(strategy.follow_up.ask(state, updates))
+        assert len(models) == 3
+        plain = strategy.merge(state, updates, None)
+        assert all(torch.equal(t, plain.state[n]) for n, t in models[0].items())
+        honest = strategy.merge(state, updates[:5], None)
+        if number == 0:
+            assert all(torch.equal(t, honest.state[n]) for n, t in models[1].items())
+        state = plain.state
+    assert all(len(panel) == 2 for panel in panels)
+    assert len(set(panels)) > 1
 
 
 @pytest.mark.parametrize("length", [0.0, -1.0, 1.6])

@@ -668,7 +668,7 @@ def test_fedask_needs_only_sums() -> None:
         return [*hidden, replace(last, tensors=tensors)]
 
     assert strategy.follow_up is not None
-    bases, again = (strategy.follow_up(state, updates) for updates in (first, masked(first)))
+    bases, again = (strategy.follow_up.ask(state, updates) for updates in (first, masked(first)))
     for (
         name,
         Q,

@@ -877,6 +877,23 @@ def test_the_probes_slopes_are_those_of_its_losses(digits_experiment: Build) -> 
     torch.testing.assert_close(found[:, 0], numeric, rtol=0.02, atol=2e-3)
 
 
+def test_clients_judge_candidates_and_send_back_scores_alone(digits_experiment: Build) -> None:
+    settings = {"strategy__copra-merge__probe": "clients", "strategy__copra-merge__judges": 2}
+    done = run(digits_experiment(strategy__name="copra-merge", **settings))
+    plain = run(
+        digits_experiment(strategy__name="copra-merge", **{"strategy__copra-merge__probe": "none"})
+    )
+    for row, without in zip(done.rounds, plain.rounds, strict=True):
+        assert len(row["merge"]["judges"]) == 2
+        assert len(row["merge"]["votes"]) == 1
+        whole = sum(without["bytes"]["down"].get(kind, 0) for kind in ("A", "B", "head")) / 3
+        if row["round"] == 2:
+            # Two judges, two candidates each; A, which everyone draws, is new from round 2 on.
+            assert row["bytes"]["down"]["candidate"] == pytest.approx(4 * whole, rel=1e-6)
+        assert row["bytes"]["up"]["score"] == 2 * 2 * 2 * 4
+    assert all("candidate" not in name for u in done.updates for name in u.sent)
+
+
 def test_runs_that_start_while_others_evaluate_do_not_disturb_them(
     digits_experiment: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

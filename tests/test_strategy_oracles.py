@@ -583,7 +583,7 @@ def test_a_client_that_hurts_by_far_is_vetoed() -> None:
 def test_without_a_probe_the_weighted_increments_are_merged() -> None:
     target = goal()
     train = towards(target, far=[3])
-    for options, probe in (({}, None), ({"probe_examples": 0}, target_probe(target))):
+    for options, probe in (({}, None), ({"probe": "none"}, None)):
         strategy = build("copra-merge", **options)
         merged, updates = one_round(strategy, cohort(*FULL), train, probe)
         assert merged.diagnostics["vetoed"] == []

@@ -182,7 +182,9 @@ def updates_of(
         updates.append(Update(who, rows, {**sent, **upload.tensors}, sent))
     if strategy.follow_up is None:
         return updates
-    bases = strategy.follow_up(state, updates)
+    if strategy.follow_up.kind == "score":
+        return updates  # no judge answers
+    bases = strategy.follow_up.ask(state, updates)
     return [_projected(update, memories, bases) for update in updates]
 
 
