@@ -2,6 +2,7 @@
 
 import functools
 import time
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from common.candidates import scores, unpacked
 from common.config import Experiment
 from common.errors import UpdateRefusedError
 from common.features import Features
+from common.lowrank import adapted_modules, factor_names, kaiming_start
 from common.memory import Memory, under
 from common.messages import (
     Outcome,
@@ -49,7 +51,7 @@ def train(message: Message, context: Context) -> Message:
     client = _Client(message, context)
     plan, experiment = client.plan, client.experiment
     federation, settings = experiment.federation, experiment.train
-    model = client.loaded_model()
+    model = client.loaded_model(client.own_start())
     start_state = model.state()
     rows = client.training_rows()
     run = LocalRun(
@@ -168,11 +170,27 @@ class _Client:
         fresh = self.plan.fresh
         return {n: t for n, t in at_rank(start, self.rank).items() if part_of(n) in fresh}
 
-    def loaded_model(self) -> AdaptedBackbone:
-        """Return the model, loaded with what was sent and, over it, what this client keeps."""
+    def own_start(self) -> Tensors:
+        """Return the factors A that this client draws for itself; none where all start alike."""
+        federation = self.experiment.federation
+        if federation.start == "common" or self.plan.round > 1:
+            return {}
+        seed = child_seed(federation.seed, "start of client", self.plan.client)
+        drawn = {}
+        for module in adapted_modules(n for n in self.held if "/" not in n):
+            _, name_A = factor_names(module)
+            rank, features = self.held[name_A].shape
+            drawn[name_A] = kaiming_start(rank, features, module, seed)
+        return drawn
+
+    def loaded_model(self, in_place: Tensors = MappingProxyType({})) -> AdaptedBackbone:
+        """Return the model, loaded with what was sent and, over it, what this client keeps.
+
+        `in_place` stands in for what was sent of the same names.
+        """
         model = self._model()
         whole = {n: t for n, t in self.held.items() if not n.startswith("control/")}
-        whole |= under("kept/", self.memory.own)
+        whole |= {**in_place, **under("kept/", self.memory.own)}
         model.load(padded(whole, self.rank), self.rank, self.shard.task)
         return model
 

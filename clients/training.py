@@ -148,7 +148,11 @@ def _dropped_blocks(
 ) -> AbstractContextManager[None]:
     if not copra.enabled:
         return nullcontext()
-    probability = keep_probability(run.first_step + step, run.total_steps, copra)
+    at, of = {
+        "run": (run.first_step + step, run.total_steps),
+        "round": (step, run.steps),
+    }[copra.over]
+    probability = keep_probability(at, of, copra)
     if probability >= 1:
         return nullcontext()
     return switched(blocks, draw_switches(len(blocks), probability, stream))

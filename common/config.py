@@ -156,6 +156,9 @@ class Copra(_Table):
     enabled: bool = False
     initial: float = Field(0.1, ge=0, le=1, description="keep probability at the first step")
     ramp: float = Field(0.75, ge=0, le=1, description="share of all steps until it reaches 1")
+    over: Literal["run", "round"] = Field(
+        "run", description="whose steps: one ramp over the whole run, or one a round"
+    )
 
 
 class Train(_Table):
@@ -181,6 +184,9 @@ class Federation(_Table):
     """Rounds, cohort, seed and where clients run."""
 
     rounds: int = Field(8, ge=1)
+    start: Literal["common", "own"] = Field(
+        "common", description="of A: the same for all clients, or drawn by each for its first round"
+    )
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0, description="Ray actors; 0: in this process, without Ray")

@@ -400,7 +400,13 @@ def resolve(experiment: Experiment) -> Strategy:
     if 0 < strategy.probe_examples < 2 * tasks:
         raise ConfigError(
             f"strategy.{name}.probe_examples = {strategy.probe_examples}: the probe has two "
-            f"halves, so that {tasks} tasks need at least {2 * tasks}; or choose 0 for no probe"
+            f"halves, so that {tasks} tasks need at least {2 * tasks}; or choose probe = 'none'"
+        )
+    own_start = experiment.federation.start == "own"
+    if own_start and "lora_A" not in strategy.trains({}):
+        raise ConfigError(
+            f"federation.start = 'own': strategy {name} does not train A in the first round, so "
+            "that no server would ever know each client's; choose 'common'"
         )
     if strategy.probe_examples > experiment.task.probe_examples:
         raise ConfigError(
@@ -447,7 +453,8 @@ def _checked(name: str, values: Any) -> Options:
         key = ".".join(["strategy", name, *map(str, first["loc"])])
         choices = ", ".join(options.model_fields) or "none"
         raise ConfigError(
-            f"{key} = {first['input']!r}: {first['msg']}; the options here are {choices}"
+            f"{key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}; "
+            f"the options here are {choices}"
         ) from None
 
 

@@ -102,7 +102,7 @@ class CopraMergeOptions(Options):
     barrier_limit: float = Field(0.0, ge=0)
     tilt_steps: int = Field(0, ge=0)
     # Never 0: a run that once chose to stand still would stay there.
-    step_lengths: tuple[float, ...] = Field((), description="each above 0 and at most 1.5")
+    step_lengths: tuple[float, ...] = Field((), strict=False)
 
     @field_validator("step_lengths")
     @classmethod

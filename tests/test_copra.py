@@ -433,6 +433,23 @@ def test_a_schedule_that_is_over_changes_nothing(vit: Trainee) -> None:
     assert digest(vit.trained(copra, late)) == digest(plain)
 
 
+def test_a_ramp_over_the_round_starts_anew_in_every_round(
+    vit: Trainee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(
+        "clients.training.draw_switches",
+        lambda blocks, probability, _: asked.append(probability) or [True] * blocks,
+    )
+    late = LocalRun(RUN.seed, first_step=20, steps=4, total_steps=24, trains=RUN.trains)
+    schedule = {"enabled": True, "initial": 0.2, "ramp": 1.0}
+    vit.trained(Copra(**schedule, over="round"), late)
+    assert asked == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    asked.clear()
+    vit.trained(Copra(**schedule), late)
+    assert asked == pytest.approx([0.2 + 0.8 * step / 24 for step in (20, 21, 22, 23)])
+
+
 def test_switches_differ_between_clients_and_rounds_and_repeat_for_one(
     vit: Trainee, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Whole runs on a tiny ViT: the same on any schedule of work, and sound when clients are not."""
 
+import itertools
 import json
 import threading
 import time
@@ -18,7 +19,7 @@ from clients.app import app as client_app
 from clients.training import LocalRun
 from common.adapters import at_rank, load_adapted_backbone
 from common.config import Experiment
-from common.errors import FedcopraError
+from common.errors import ConfigError, FedcopraError
 from common.features import extract_features
 from common.lowrank import Directions, Term, adapted_modules, is_factor
 from common.memory import under
@@ -875,6 +876,41 @@ def test_the_probes_slopes_are_those_of_its_losses(digits_experiment: Build) -> 
 
     numeric = (moved(5e-3) - moved(-5e-3)) / 1e-2
     torch.testing.assert_close(found[:, 0], numeric, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "flexlora", "copra-merge", "scaffold", "hetlora"])
+def test_clients_may_start_from_factors_of_their_own(digits_experiment: Build, name: str) -> None:
+    settings = {"strategy__name": name, "train__learning_rate": 1e-5, "federation__rounds": 1}
+    alike = run(digits_experiment(**settings)).updates
+    apart = run(digits_experiment(**settings, federation__start="own")).updates
+    assert len(apart) == 3
+    for tensor in (n for n in apart[0].sent if part_of(n) == "lora_A"):
+        sent = apart[0].sent[tensor]
+        for one, other in itertools.combinations(apart, 2):
+            assert torch.equal(one.sent[tensor], other.sent[tensor])
+            # Independent draws of one spread are √2 of their length apart.
+            gap = (one.tensors[tensor] - other.tensors[tensor]).norm() / sent.norm()
+            assert 1.0 < float(gap) < 2.2
+        torch.testing.assert_close(alike[0].tensors[tensor], sent, rtol=0, atol=1e-3)
+    for update in apart:
+        assert all(not t.any() for n, t in update.sent.items() if "lora_B" in n)
+
+
+def test_own_starts_are_for_the_first_round_only(digits_experiment: Build) -> None:
+    settings = {"train__learning_rate": 1e-5, "federation__start": "own"}
+    for update in run(digits_experiment(**settings)).updates:
+        for tensor in (n for n in update.sent if "lora_A" in n):
+            torch.testing.assert_close(
+                update.tensors[tensor], update.sent[tensor], rtol=0, atol=1e-3
+            )
+
+
+@pytest.mark.parametrize("name", ["ffa-lora", "rolora", "fedsvd"])
+def test_a_method_that_freezes_a_factor_refuses_own_starts(
+    digits_experiment: Build, name: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"federation.start = 'own': strategy {name}"):
+        resolve(digits_experiment(strategy__name=name, federation__start="own"))
 
 
 def test_clients_judge_candidates_and_send_back_scores_alone(digits_experiment: Build) -> None:
