@@ -2,6 +2,7 @@
 
 import functools
 import time
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -10,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.evaluation import evaluate_own, judge
+from clients.harm import harmed, random_labels
 from clients.training import LocalRun, train_locally
 from clients.upload import compressed, rank_of, returned
 from common.adapters import AdaptedBackbone, at_rank, load_adapted_backbone
@@ -67,13 +69,14 @@ def train(message: Message, context: Context) -> Message:
     trained = train_locally(
         model, rows, run, settings, experiment.copra, client.control_correction()
     )
+    end_state = harmed(experiment.harm, plan.client, start_state, model.state())
     upload = returned(
         plan,
         federation.seed,
         client.scale,
         client.held,
         start_state,
-        model.state(),
+        end_state,
         client.memory,
         trained,
     )
@@ -205,7 +208,18 @@ class _Client:
             experiment.adapter,
             experiment.train.device,
         )
-        return rows.select(torch.from_numpy(pooled))
+        chosen = rows.select(torch.from_numpy(pooled))
+        if experiment.harm.kind != "random-labels":
+            return chosen
+        sizes = [len(self._shards[owner].rows) for owner in self.plan.shards]
+        harmful, classes = experiment.harm.clients, len(self.shard.task.labels)
+        labels = [
+            random_labels(part, classes, experiment.federation.seed, owner)
+            if owner in harmful
+            else part
+            for owner, part in zip(self.plan.shards, torch.split(chosen.labels, sizes), strict=True)
+        ]
+        return replace(chosen, labels=torch.cat(labels))
 
     def control_correction(self) -> Tensors:
         """Return SCAFFOLD's `c - c_k`; nothing for other methods."""

@@ -215,6 +215,26 @@ class Wire(_Table):
     down: Literal["float32", "float16"] = "float32"
 
 
+class Harm(_Table):
+    """Clients that do harm, to see what a method makes of them.
+
+    `random-labels`: they train on labels drawn at random. `scaled-update`: what they return is
+    `start + factor·(end - start)`, tensor by tensor; a factor below 0 turns their work round.
+    """
+
+    kind: Literal["none", "random-labels", "scaled-update"] = "none"
+    clients: tuple[int, ...] = Field((), description="who they are, by number")
+    factor: float = -1.0
+
+    @model_validator(mode="after")
+    def _someone_does_it(self) -> Self:
+        if bool(self.clients) != (self.kind != "none"):
+            raise ValueError(
+                f"kind = {self.kind!r} and clients = {list(self.clients)}: name both or neither"
+            )
+        return self
+
+
 class Experiment(_Table):
     """Everything that decides a run. Two equal experiments give the same served tensors."""
 
@@ -226,6 +246,7 @@ class Experiment(_Table):
     train: Train = Train()
     federation: Federation = Federation()
     wire: Wire = Wire()
+    harm: Harm = Harm()
     # `name`, and a table of options a strategy: these belong to `strategies`, which checks them.
     strategy: Mapping[str, Any] = Field(default_factory=lambda: {"name": "fedavg"})
 
@@ -236,6 +257,11 @@ class Experiment(_Table):
             raise ValueError(
                 "task.members and partition.kind = 'by-task' go together: "
                 f"there are {members} members and the kind is {self.partition.kind!r}"
+            )
+        if absent := [k for k in self.harm.clients if not 0 <= k < self.partition.clients]:
+            raise ValueError(
+                f"harm.clients names client {absent[0]}; there are {self.partition.clients}, "
+                "numbered from 0"
             )
         if members and self.partition.clients % members:
             raise ValueError(

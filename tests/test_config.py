@@ -199,6 +199,13 @@ def test_a_wrong_type_or_range_is_refused_with_key_and_value(key: str, value: An
     assert json.dumps(value) in message or repr(value) in message
 
 
+def test_harm_names_its_kind_and_clients_that_there_are() -> None:
+    assert "name both or neither" in refusal({"harm.kind": "random-labels"})
+    assert "name both or neither" in refusal({"harm.clients": [1]})
+    message = refusal({"harm.kind": "random-labels", "harm.clients": [0, 99]})
+    assert "client 99" in message
+
+
 def test_a_wrong_element_of_a_list_is_refused_by_its_place() -> None:
     message = refusal({"adapter.ranks": [4, "8"]})
     assert "adapter.ranks.1" in message

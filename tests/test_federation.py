@@ -896,6 +896,30 @@ def test_clients_may_start_from_factors_of_their_own(digits_experiment: Build, n
         assert all(not t.any() for n, t in update.sent.items() if "lora_B" in n)
 
 
+def test_a_client_with_random_labels_harms_its_own_update_alone(digits_experiment: Build) -> None:
+    settings = {"federation__rounds": 1, "strategy__name": "fedavg"}
+    honest = run(digits_experiment(**settings)).updates
+    harmed = run(
+        digits_experiment(**settings, harm__kind="random-labels", harm__clients=[1])
+    ).updates
+    same = [digest(a.tensors) == digest(b.tensors) for a, b in zip(honest, harmed, strict=True)]
+    assert same == [True, False, True]
+
+
+@pytest.mark.parametrize("factor", [-1.0, 10.0])
+def test_a_scaled_update_is_the_honest_one_times_a_factor(
+    digits_experiment: Build, factor: float
+) -> None:
+    settings = {"federation__rounds": 1, "strategy__name": "fedavg"}
+    honest = run(digits_experiment(**settings)).updates
+    settings |= {"harm__kind": "scaled-update", "harm__clients": [2], "harm__factor": factor}
+    harmed = run(digits_experiment(**settings)).updates
+    for plain, other, times in zip(honest, harmed, (1, 1, factor), strict=True):
+        for name, tensor in plain.tensors.items():
+            expected = plain.sent[name] + times * (tensor - plain.sent[name])
+            torch.testing.assert_close(other.tensors[name], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_own_starts_are_for_the_first_round_only(digits_experiment: Build) -> None:
     settings = {"train__learning_rate": 1e-5, "federation__start": "own"}
     for update in run(digits_experiment(**settings)).updates:
