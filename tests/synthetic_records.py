@@ -98,7 +98,10 @@ def synthetic_record(
                     "waiting": 1.1,
                 },
                 **_errors(None if control or personalised else error, number),
-                "clients": [_reply(client, refused, size, copra) for client in clients],
+                "clients": _weighted(
+                    [_reply(client, refused, size, copra) for client in clients],
+                    _merge(strategy, number).get("vetoed", []),
+                ),
                 "merge": _merge(strategy, number),
             }
             for number, scored in enumerate(scores, start=1)
@@ -222,9 +225,18 @@ def _reply(client: dict[str, Any], refused: int | None, size: int, copra: bool) 
         "num_examples": client["num_examples"],
         "loss": 0.8,
         "seconds": 0.23,
-        "weight": 0.1 if sound else 0.0,
+        "weight": 0.0,
         "bytes": _client_bytes(size, copra),
     }
+
+
+def _weighted(replies: list[dict[str, Any]], vetoed: list[int]) -> list[dict[str, Any]]:
+    """Return the replies with weights by data, those vetoed and refused left out."""
+    counted = [r for r in replies if r["status"] == "ok" and r["client"] not in vetoed]
+    total = sum(reply["num_examples"] for reply in counted)
+    for reply in counted:
+        reply["weight"] = reply["num_examples"] / total
+    return replies
 
 
 def _merge(strategy: str, number: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from server.reporting.drawing import PALETTE, marks
 from server.reporting.figures import panels
 from server.reporting.findings import headline, traffic
 from server.reporting.report import render, toml_like, write_report
+from server.reporting.weights import weight_panels
 
 SECTIONS = ("results", "own", "figures", "ledger", "copra", "decisions", "reproduce")
 FIGURES = (
@@ -79,6 +80,20 @@ def conclusions(records: list[dict[str, Any]]) -> dict[str, str]:
 
 
 # One sound file.
+
+
+def test_weights_of_a_merges_own_are_shown_and_those_by_data_are_not() -> None:
+    records = [synthetic_record(name, rounds=6) for name in ("fedavg", "copra-merge")]
+    (panel,) = weight_panels(by_label(records))
+    assert panel.shows.startswith("copra-merge, seed 0")
+    assert panel.conclusion == (
+        "In 3 of 6 rounds weights were not the data's. Left out: client 6 (3 times)."
+    )
+    assert panel.drawing
+    assert not weight_panels(by_label(records[:1]))
+    # A client that was refused has no weight to speak of: the others share by their data.
+    refused = synthetic_record("fedavg", rounds=6, refused=2)
+    assert not weight_panels(by_label([refused]))
 
 
 def test_every_section_and_figure_is_there_in_order(study_page: str) -> None:

@@ -33,6 +33,7 @@ from server.reporting.comparison import (
 from server.reporting.drawing import PALETTE
 from server.reporting.figures import Panel, panels
 from server.reporting.findings import copra_effects, headline, own_standing, traffic
+from server.reporting.weights import weight_panels
 from server.reporting.wording import (
     amount_of_bytes,
     duration,
@@ -199,7 +200,7 @@ def render(
         price_of_choosing=price_of_choosing(choices),
         several_seeds=any(len(members) > 1 for members in groups.values()),
         strategies=list({r["strategy"]["name"]: r["strategy"] for r in records}.values()),
-        panels=[*panels(groups), *analysed],
+        panels=[*panels(groups), *weight_panels(groups), *analysed],
         copra_effects=copra_effects(comparison),
         copra_settings=sorted({"on" if copra_enabled(record) else "off" for record in records}),
         vetoes=vetoes(records),
