@@ -30,7 +30,6 @@ from common.lowrank import (
     Term,
     adapted_modules,
     balanced_factors,
-    kept_energy,
     named_factors,
     orthonormal_factors,
 )
@@ -350,13 +349,14 @@ class _Merger:
         remaining = self._scale * (1 - steps @ self._was_sent)
         scaled = [float(c) * u.client.scale for c, u in zip(steps, self._updates, strict=True)]
         merged = self._heads(steps.tolist(), proposal.weights)
-        svds = {m: span.svd([remaining, *scaled]) for m, span in self._spans.items()}
-        for module, svd in svds.items():
-            best = svd.truncated(self._rank)
+        kept, whole = 0.0, 0.0
+        for module, span in self._spans.items():
+            best, energy = span.best([remaining, *scaled], self._rank)
+            kept, whole = kept + float(best.S.square().sum()), whole + energy
             term = self._split(best, self._scale)
             term = revive_dead_directions(module, term, best.S, self._rank, self._seed)
             merged |= named_factors(module, term)
-        return _Candidate(merged, kept_energy(svds.values(), self._rank))
+        return _Candidate(merged, kept / whole if whole > 0 else 1.0)
 
     def _heads(self, steps: Sequence[float], weights: Sequence[float]) -> dict[str, Tensor]:
         """Average increments of heads over the clients that hold them, with the same weights."""

@@ -263,3 +263,34 @@ def test_factors_are_recognised_by_name_alone() -> None:
     assert term.A[0, 0] == 1.0
     assert factor_names("enc.0.q") == ("enc.0.q.lora_B.weight", "enc.0.q.lora_A.weight")
     assert [is_factor(name) for name in square] == [True, True, False]
+
+
+@pytest.mark.parametrize("terms", [3, 20])
+def test_the_best_of_a_rank_is_the_truncated_svd_by_either_way(terms: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    span = Span(
+        [
+            Term(torch.randn(30, 2, generator=draw), torch.randn(2, 40, generator=draw))
+            for _ in range(terms)
+        ]
+    )
+    coefficients = torch.rand(terms, generator=draw).tolist()
+    whole = span.svd(coefficients)
+    best, energy = span.best(coefficients, 3)
+    torch.testing.assert_close(best.S, whole.S[:3], rtol=1e-12, atol=0)
+    torch.testing.assert_close(best.dense(), whole.truncated(3).dense(), rtol=0, atol=1e-10)
+    assert energy == pytest.approx(float(whole.S.square().sum()), rel=1e-12)
+    assert best.U.shape == (30, 3)
+    assert best.V.shape == (40, 3)
+
+
+def test_inner_products_of_mixtures_are_those_of_full_matrices() -> None:
+    draw = torch.Generator().manual_seed(2)
+    terms = [
+        Term(torch.randn(9, r, generator=draw), torch.randn(r, 7, generator=draw)) for r in (2, 3)
+    ]
+    mixing = torch.randn(5, 4, generator=draw, dtype=torch.float64)
+    B = torch.cat([t.B for t in terms], dim=1).double()
+    A = torch.cat([t.A for t in terms]).double()
+    flat = torch.stack([((B * c) @ A).flatten() for c in mixing.T])
+    torch.testing.assert_close(Span(terms).gram(mixing), flat @ flat.T, rtol=1e-10, atol=1e-10)
