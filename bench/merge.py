@@ -4,6 +4,8 @@
   full SVD, as FlexLoRA's published code does. Both give the same rank-r matrix.
 - Averaging kinds: the merge against reading every number of the updates once (a sum a tensor).
 - Every other method: seconds beside those of fedavg.
+- PEFT folders: `fedcopra merge`, reading and writing included, against PEFT's own
+  `add_weighted_adapter(combination_type="svd")` in memory, which forms every full matrix.
 - Memory: the peak of live tensors while 1,000 clients are merged one at a time, in units of one
   client's update, beside the state.
 """
@@ -13,6 +15,8 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.lowrank import SVD, Span, Term, factor_names
 from common.seeds import torch_generator
 from common.tensors import Tensors
+from server.analysis.merging import MergeOptions, plan_merge, write_merged
 from strategies import STRATEGIES
 from strategies.base import Client, Setting, Update
 
@@ -39,6 +44,7 @@ def main() -> None:
         if method.control or name in _NEED_MORE:
             continue
         print(json.dumps(merge_against_reading(name, updates, fedavg)), flush=True)
+    print(json.dumps(folders_against_peft()), flush=True)
     for name, options in {"fedavg": {}, "flexlora": {"buffer_rank": 16}}.items():
         print(json.dumps(peak_memory(name, options, clients=1000)), flush=True)
 
@@ -74,6 +80,53 @@ def svd_against_dense(size: int, rank: int, repeats: int, clients: int = 10) -> 
         "factored_seconds": statistics.median(fast for _, fast in pairs),
         "times_faster": statistics.median(slow / fast for slow, fast in pairs),
         "relative_difference": float(difference),
+    }
+
+
+def folders_against_peft(
+    clients: int = 10, size: int = 768, rank: int = 8, modules: int = 24
+) -> dict[str, Any]:
+    """Time both once; what they make is the same."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def base() -> torch.nn.Module:
+        return torch.nn.ModuleDict(
+            {f"m{number}": torch.nn.Linear(size, size, bias=False) for number in range(modules)}
+        )
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=r"m\d+")
+    weights = [1 / clients] * clients
+    with TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / str(number) for number in range(clients)]
+        for number, folder in enumerate(folders):
+            adapter = get_peft_model(base(), config)
+            stream = torch_generator(2, "folder", number)
+            with torch.no_grad():
+                for name, parameter in adapter.named_parameters():
+                    if ".lora_" in name:
+                        parameter.copy_(torch.randn(parameter.shape, generator=stream))
+            adapter.save_pretrained(str(folder))
+        model: Any = PeftModel.from_pretrained(base(), str(folders[0]), adapter_name="0")
+        for number, folder in enumerate(folders[1:], start=1):
+            model.load_adapter(str(folder), adapter_name=str(number))
+        out = Path(scratch) / "merged"
+        slow = _seconds(
+            lambda: model.add_weighted_adapter(
+                list(map(str, range(clients))), weights, "theirs", "svd"
+            )
+        )
+        fast = _seconds(lambda: write_merged(plan_merge(folders, MergeOptions()), out))
+        model.load_adapter(str(out), adapter_name="ours")
+        ours, theirs = (
+            torch.stack([layer.get_delta_weight(name) for layer in model.base_model.model.values()])
+            for name in ("ours", "theirs")
+        )
+    return {
+        "what": f"merge of {clients} PEFT folders, {modules} modules of {size}x{size}, rank {rank}",
+        "peft_seconds": slow,
+        "folders_seconds": fast,
+        "times_faster": slow / fast,
+        "relative_difference": float((ours - theirs).norm() / theirs.norm()),
     }
 
 

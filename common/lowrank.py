@@ -5,7 +5,8 @@ cost is a few per cent of a training step, and rounding then never decides a mer
 Source: copra-merge specification, section 7.1; Eckart-Young for the optimality of truncation.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import scipy.linalg
@@ -268,3 +269,11 @@ def orthonormal_factors(svd: SVD, scale: float, length: float = 1.0) -> Term:
     A row of A as PEFT draws it has length 1/√3 on average.
     """
     return Term(svd.U * (svd.S / (scale * length)), length * svd.V.T)
+
+
+# How the singular values of a merged delta are split over B and A. `lora` leaves A with rows as
+# long as those of a fresh adapter on average, 1/√3, and so a learning rate with what it meant.
+GAUGES: Mapping[str, Callable[[SVD, float], Term]] = {
+    "balanced": balanced_factors,
+    "lora": functools.partial(orthonormal_factors, length=3**-0.5),
+}

@@ -1,4 +1,4 @@
-"""The command line: `fedcopra simulate | compare | report | export | list`.
+"""The command line; `fedcopra --help` lists the commands.
 
 Heavy imports stand inside the commands, so that `--help` and mistakes answer at once.
 """
@@ -6,7 +6,7 @@ Heavy imports stand inside the commands, so that `--help` and mistakes answer at
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ from rich.table import Table
 from common.config import load_experiment, parse_assignments, split_alternatives
 from common.errors import ConfigError, FedcopraError
 from server.environment import prepare_environment
-from server.folders import REPORT, appearing_whole, continued, refuse_existing
+from server.folders import REPORT, appearing_whole, continued, refuse_existing, write_json
 from server.plans import (
     ONE_CELL,
     SUITES,
@@ -205,6 +205,165 @@ def export(
     console.print(f"adapter: {folder} (PeftModel.from_pretrained(base, {str(folder)!r}) takes it)")
 
 
+@app.command()
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders of LoRA adapters.")],
+    out: Annotated[Path, typer.Option("--out", help="The PEFT folder to write; must not exist.")],
+    weights: Annotated[
+        str, typer.Option(help="One an adapter, with commas; divided by their sum. Usually equal.")
+    ] = "",
+    rank: Annotated[int, typer.Option(help="Of the merged one; 0: the largest of any.")] = 0,
+    alpha: Annotated[
+        float, typer.Option(help="Of the merged one; 0: what keeps the first adapter's scale.")
+    ] = 0.0,
+    gauge: Annotated[
+        str, typer.Option(help="How B and A share the singular values: balanced or lora.")
+    ] = "balanced",
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Merge though their base models have unlike names.")
+    ] = False,
+    without_heads: Annotated[
+        bool, typer.Option("--without-heads", help="Drop heads and all else that is saved whole.")
+    ] = False,
+) -> None:
+    """Average LoRA adapters from anywhere into one of rank R: their deltas, not their factors.
+
+    One shot, without base model or data. Writes merge.json beside the adapter: how far the adapters
+    agree, and what the rank keeps.
+
+    Example: fedcopra merge adapter-a/ adapter-b/ adapter-c/ --weights 2,1,1 --out merged/
+    """
+    refuse_existing(out)  # before anything heavy is imported
+    given = _numbers("--weights", weights)
+    from server.analysis.merging import MergeOptions, plan_merge, write_merged
+
+    options = MergeOptions(given, rank, alpha, gauge, any_base, without_heads)
+    plan = plan_merge(adapters, options)
+    with _counting(len(plan.ranks), "modules") as advance:
+        numbers = write_merged(plan, out, advance)
+    _print_merge(numbers)
+    console.print(f"adapter: {out} (all numbers in merge.json beside it)", soft_wrap=True)
+
+
+@app.command()
+def connectivity(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    other: Annotated[
+        Path | None,
+        typer.Argument(help="A second run, whose model is joined to that of the first."),
+    ] = None,
+    points: Annotated[int, typer.Option(help="Positions on a line, its ends included; odd.")] = 11,
+    examples: Annotated[int, typer.Option(help="Rows to score on; 0 for all.")] = 500,
+    clients: Annotated[int, typer.Option(help="How many of the kept clients are joined.")] = 4,
+    surface: Annotated[
+        bool, typer.Option(help="The loss on the plane through three clients, too.")
+    ] = True,
+) -> None:
+    """Score the straight lines between the adapters of a run: its clients, and another run's model.
+
+    Writes connectivity.json and report.html into the run's folder, over older ones.
+
+    Example: fedcopra connectivity runs/digits-copra-merge-seed0 --clients 3
+    """
+    if examples < 0:
+        raise ConfigError(f"--examples {examples}: choose 1 or more, or 0 for all")
+    from server.analysis.connectivity import measure_connectivity, plan_connectivity
+    from server.analysis.stored_run import Scorer, open_run
+    from server.reporting.connectivity_panels import summary_rows
+
+    stored = open_run(run)
+    plan = plan_connectivity(
+        stored,
+        open_run(other) if other else None,
+        points=points,
+        clients=clients,
+        surface=surface,
+    )
+    scorer = Scorer(stored.experiment, stored.experiment.task.evaluate_on, examples)
+    with _counting(plan.models, "models") as advance:
+        found = measure_connectivity(plan, scorer, advance)
+    write_json(run / "connectivity.json", found)
+    table = Table("lines", "by", "bumps", "barrier, nats", "at λ", "middle less ends", box=None)
+    for row in summary_rows(found):
+        table.add_row(*row)
+    console.print(table)
+    _rewrite_report(run)
+
+
+@app.command()
+def shapley(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    players: Annotated[str, typer.Option(help="What is valued: blocks or modules.")] = "blocks",
+    orders: Annotated[
+        int, typer.Option(help="Random orders, reverses among them; all sets where these are few.")
+    ] = 50,
+    examples: Annotated[
+        int, typer.Option(help="Validation rows to score on; 0 for all.", min=0)
+    ] = 500,
+    seed: Annotated[int, typer.Option(help="Of the random orders.")] = 0,
+) -> None:
+    """Say what every block of a run's adapter is worth, by Shapley values on validation rows.
+
+    Writes shapley.json and report.html into the run's folder, over older ones.
+
+    Example: fedcopra shapley runs/digits-copra-merge-seed0 --players modules
+    """
+    from server.analysis.shapley import measure_shapley, plan_shapley, write_shapley
+    from server.analysis.stored_run import Scorer, open_run
+    from server.reporting.block_panels import value_rows
+
+    stored = open_run(run)
+    plan = plan_shapley(stored, players, orders, seed)
+    scorer = Scorer(stored.experiment, "validation", examples)
+    with _counting(len(plan.design.shares), "models") as advance:
+        found = measure_shapley(plan, scorer, advance)
+    write_shapley(run, found)
+    columns, rows = value_rows(found)
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    _rewrite_report(run)
+
+
+@app.command()
+def prune(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs; the first is what others are held to.")
+    ],
+    examples: Annotated[int, typer.Option(help="Rows to score on; 0 for all.", min=0)] = 0,
+    sparsity: Annotated[
+        str, typer.Option(help="Shares of the delta's entries to set to zero, with commas.")
+    ] = "0.25,0.5,0.75,0.9",
+) -> None:
+    """Score models with parts of their adapters removed, and no retraining.
+
+    By parts kept, by Shapley values where a run has them (fedcopra shapley), and entry by entry.
+    Writes pruning.json and report.html into the first run's folder, over older ones.
+
+    Example: fedcopra prune runs/lora runs/copra --sparsity 0.5,0.9
+    """
+    shares = _numbers("--sparsity", sparsity)
+    from server.analysis.pruning import measure_pruning, plan_pruning
+    from server.analysis.stored_run import open_run
+    from server.reporting.block_panels import pruning_rows
+
+    plan = plan_pruning([open_run(run) for run in runs], shares)
+    with _counting(plan.models, "models") as advance:
+        found = measure_pruning(plan, examples, advance)
+    write_json(runs[0] / "pruning.json", found)
+    for number, row in enumerate(found["labels"], start=1):
+        console.print(f"{number}: {row['label']}, seeds {row['seeds']}", soft_wrap=True)
+    columns, rows = pruning_rows(found)
+    table = Table(*columns, box=None)
+    for cells in rows:
+        table.add_row(*cells)
+    console.print(table)
+    for note in found["notes"]:
+        console.print(note, soft_wrap=True)
+    _rewrite_report(runs[0])
+
+
 @app.command("list")
 def list_command(
     what: Annotated[str, typer.Argument(help="strategies, tasks or backbones.")],
@@ -221,6 +380,94 @@ def list_command(
     catalogue = CATALOGUES[what]
     entries = catalogue.entries()
     print(json.dumps(entries, indent=1) if as_json else catalogue.write(entries))
+
+
+@contextmanager
+def _counting(total: int, unit: str) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar; what is given is to be called with what was done, once for each."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+    )
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        bar = progress.add_task("starting", total=total)
+        yield lambda what: progress.update(bar, advance=1, description=what)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """Return the numbers in an option's value, which stand between commas."""
+    found = []
+    for part in text.split(",") if text else ():
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise ConfigError(f"{option} {text}: {part!r} is no number") from None
+    return tuple(found)
+
+
+def _print_merge(numbers: Mapping[str, Any]) -> None:
+    merged, alike = numbers["merged"], numbers["pairwise_cosine"]
+    columns = ("", "weight", "rank", "alpha", "modules", "norm", "cosine", "stable rank")
+    table = Table(*columns, box=None)
+    for row in numbers["adapters"]:
+        table.add_row(
+            row["folder"],
+            _score(row["weight"]),
+            str(row["rank"]),
+            f"{row['alpha']:g}",
+            str(row["modules"]),
+            _score(row["norm"]),
+            _score(row["cosine_with_merged"]),
+            _score(row["stable_rank"]),
+        )
+    shape = (str(merged["rank"]), f"{merged['alpha']:g}", str(merged["modules"]))
+    table.add_row("merged", "", *shape, _score(merged["norm"]), "", _score(merged["stable_rank"]))
+    console.print(table)
+    console.print(
+        "(norm of the delta, cosine with the merged one, stable rank of a module on average)",
+        soft_wrap=True,
+    )
+    # Of two adapters the least and the most alike pair are the same.
+    pairs = alike if len(numbers["adapters"]) > 2 else dict(list(alike.items())[:1])
+    for what, pair in pairs.items():
+        label = f"{what} alike" if len(pairs) > 1 else "how alike"
+        between = " and ".join(pair["between"])
+        console.print(f"{label}: {between}, cosine {pair['cosine']:.3f}", soft_wrap=True)
+    worst = merged["worst_module"]
+    console.print(
+        f"rank {merged['rank']} keeps {100 * merged['kept_energy']:.2f} % of the energy of the "
+        f"average, in the worst module {100 * worst['kept_energy']:.2f} % ({worst['module']}); "
+        f"rank {merged['rank_that_keeps_99_percent']} would keep 99 %",
+        soft_wrap=True,
+    )
+    for group in numbers["held_by_some"]:
+        console.print(
+            f"{_some_of(group['names'])}: only in {', '.join(group['held_by'])}; zero elsewhere",
+            soft_wrap=True,
+        )
+    for group in numbers["saved_whole"]:
+        everyone = len(group["held_by"]) == len(numbers["adapters"])
+        done = "dropped, of" if numbers["heads_dropped"] else "averaged over"
+        holders = "all" if everyone else ", ".join(group["held_by"])
+        console.print(f"{_some_of(group['names'])}: {done} {holders}", soft_wrap=True)
+
+
+def _some_of(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names, and how many there are more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _rewrite_report(run: Path) -> None:
+    """Write the run's report with all analyses that there are of it by now."""
+    from server.reporting.report import write_report
+
+    write_report([run], run / REPORT)
+    console.print(f"report: {run / REPORT}", soft_wrap=True)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ would shrink it every round. Specification 7; the coefficients are found in `cop
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,14 +24,13 @@ from torch import Tensor
 from common.candidates import packed
 from common.errors import ConfigError
 from common.lowrank import (
+    GAUGES,
     SVD,
     Directions,
     Span,
     Term,
     adapted_modules,
-    balanced_factors,
     named_factors,
-    orthonormal_factors,
 )
 from common.rules import TURNING
 from common.seeds import numpy_generator
@@ -111,12 +110,6 @@ class CopraMergeOptions(Options):
         return lengths
 
 
-_GAUGES: Mapping[str, Callable[[SVD, float], Term]] = {
-    "balanced": balanced_factors,
-    "lora": lambda svd, scale: orthonormal_factors(svd, scale, length=3**-0.5),
-}
-
-
 def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
     """Average increments, truncate to the server's rank; ranks may differ."""
     rank = options.server_rank or setting.rank
@@ -128,7 +121,7 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
     server_scale, by_clients = setting.scale(rank), options.probe == "clients"
 
     def prepare(state: Tensors, updates: Sequence[Update]) -> tuple[_Merger, Proposal]:
-        split = _GAUGES[options.gauge]
+        split = GAUGES[options.gauge]
         merger = _Merger(state, updates, rank, server_scale, setting.seed, split)
         limits = merger.length_limits(options.norm_limit)
         return merger, Proposal(tuple(data_weights(updates)), tuple(limits))

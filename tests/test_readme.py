@@ -14,6 +14,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # One small round instead of a whole run; the commands are otherwise the README's own.
 BRIEF = "--set federation.rounds=1 --set train.local_steps=2 --set federation.workers=0"
+BRIEFLY = {
+    "simulate": BRIEF,
+    "compare": BRIEF,
+    "connectivity": "--examples 40 --points 3 --clients 3",
+    "shapley": "--examples 40 --orders 2",
+    "prune": "--examples 40",
+}
 
 
 def readme_commands() -> list[str]:
@@ -80,12 +87,15 @@ def test_every_fedcopra_command_of_the_readme(fresh_clone: Path) -> None:
         "report",
         "export",
         "list",
+        "connectivity",
+        "shapley",
+        "prune",
+        "merge",
     }
     for command in commands:
         if "FOLDER" in command or "COMMAND" in command:
             continue  # needs data that are not here
-        brief = f" {BRIEF}" if command.split()[1] in ("simulate", "compare") else ""
-        run(command + brief, fresh_clone)
+        run(f"{command} {BRIEFLY.get(command.split()[1], '')}", fresh_clone)
     assert (fresh_clone / "both.html").is_file()
     assert (fresh_clone / "adapter" / "adapter_model.safetensors").is_file()
 

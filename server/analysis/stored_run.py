@@ -64,7 +64,7 @@ def open_run(folder: Path) -> StoredRun:
         DataError: it cannot be read.
     """
     record, experiment, tensors = read_run(folder)
-    single = not any(name.startswith("model.") for name in tensors)
+    single = not record["strategy"]["personalised"] and not any("/" in name for name in tensors)
     rank = next((t.shape[0] for n, t in tensors.items() if n.endswith(".lora_A.weight")), 0)
     served = Served(tensors, rank) if single else None
     return StoredRun(folder, record, experiment, served, tuple(read_updates(folder, record)))

@@ -4,13 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from server.reporting.block_panels import pruning_panels, shapley_panels
+from server.reporting.connectivity_panels import connectivity_panels
 from server.reporting.figures import Panel
 
 # What an analysis has written, as read from its file.
 Analysis = Mapping[str, Any]
 
 # The file of an analysis is its name with `.json`, in the folder of the run that it is of.
-ANALYSES: Mapping[str, Callable[[Analysis], Sequence[Panel]]] = {}
+ANALYSES: Mapping[str, Callable[[Analysis], Sequence[Panel]]] = {
+    "connectivity": connectivity_panels,
+    "shapley": shapley_panels,
+    "pruning": pruning_panels,
+}
 
 
 def analysis_files(folder: Path) -> dict[str, Path]:
