@@ -149,7 +149,7 @@ def merge_against_reading(name: str, updates: Sequence[Update], fedavg: float) -
         "times_fedavg": seconds / fedavg,
     }
     if name in READING:
-        strategy = _strategy(name, 10)
+        strategy = toy_strategy(name, 10)
         trained = strategy.trains(strategy.start(made_state(768, 8, 24)))
         kept = strategy.rules.keeps
         ending = tuple(
@@ -158,21 +158,21 @@ def merge_against_reading(name: str, updates: Sequence[Update], fedavg: float) -
             if part != "head" and part not in kept
         )
         read = [t for u in updates for n, t in u.tensors.items() if n.endswith(ending)]
-        reading = _median(lambda: [tensor.sum() for tensor in read])
+        reading = median_seconds(lambda: [tensor.sum() for tensor in read])
         found["times_reading_once"] = seconds / reading
     return found
 
 
 def merge_seconds(name: str, updates: Sequence[Update]) -> float:
     """Return the median seconds of one merge."""
-    strategy = _strategy(name, len(updates))
+    strategy = toy_strategy(name, len(updates))
     state = strategy.start(made_state(768, 8, 24))
-    return _median(lambda: strategy.merge(state, updates, None))
+    return median_seconds(lambda: strategy.merge(state, updates, None))
 
 
 def peak_memory(name: str, options: dict[str, Any], clients: int) -> dict[str, Any]:
     """Return the peak of live tensors during a merge, in units of one client's update."""
-    strategy = _strategy(name, clients, **options)
+    strategy = toy_strategy(name, clients, **options)
     state = strategy.start(made_state(768, 8, 24))
     sent = made_state(768, 8, 24)
     stream = (_update(number, sent, 8) for number in range(clients))
@@ -248,14 +248,14 @@ def _update(number: int, sent: Tensors, rank: int) -> Update:
     return Update(Client(number, "bench", rank, ALPHA / rank), 10 + number % 7, tensors, sent)
 
 
-def _strategy(name: str, clients: int, rank: int = 8, **options: Any) -> Any:
+def toy_strategy(name: str, clients: int, rank: int = 8, **options: Any) -> Any:
     method = STRATEGIES[name]
     everyone = tuple(Client(k, "bench", rank, ALPHA / rank) for k in range(clients))
     setting = Setting(rank, lambda r: ALPHA / r, 0, everyone)
     return method.build(method.options(**options), setting)
 
 
-def _median(work: Callable[[], object], repeats: int = 9, enough: float = 2.0) -> float:
+def median_seconds(work: Callable[[], object], repeats: int = 9, enough: float = 2.0) -> float:
     """Return the median seconds; slow work is not repeated once `enough` seconds are spent."""
     found = [_seconds(work)]
     while len(found) < repeats and sum(found) < enough:

@@ -356,6 +356,7 @@ def prune(
         console.print(f"{number}: {row['label']}, seeds {row['seeds']}", soft_wrap=True)
     columns, rows = pruning_rows(found)
     table = Table(*columns, box=None)
+    table.columns[0].no_wrap = True
     for cells in rows:
         table.add_row(*cells)
     console.print(table)

@@ -12,6 +12,8 @@ Averaging increments leaves alone what a client of low rank never saw; a plain a
 would shrink it every round. Specification 7; the coefficients are found in `copra_weights`.
 """
 
+import functools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -298,37 +300,31 @@ class _Merger:
 
     def length_limits(self, limit: float) -> list[float]:
         """Return for each client the factor (at most 1) that brings its increment to the limit."""
-        lengths = [self._increment_norm(k) for k in range(len(self._updates))]
+        gram, sent = self._gram
+        lengths = gram.diagonal().clamp_min(0).sqrt().tolist()
         # Of those that trained: if most are idle, the others are no outliers. An idle client's
         # increment is the rounding of what it was sent.
-        idle = 1e-6 * self._sent_norm()
-        active = [length for length in lengths if length > idle]
-        bound = limit * statistics.median(active or [0.0])
+        active = [length for length in lengths if length > 1e-6 * sent]
+        bound = limit * statistics.median(active) if active else math.inf
         return [min(1.0, bound / length) if length > 0 else 1.0 for length in lengths]
 
-    def _sent_norm(self) -> float:
-        nothing = [0.0] * len(self._updates)
-        norms = (span.norm([self._scale, *nothing]) for span in self._spans.values())
-        return float(sum(norm**2 for norm in norms) ** 0.5)
-
-    def _increment_norm(self, client: int) -> float:
-        coefficients: list[float | Tensor] = [0.0] * len(self._updates)
-        coefficients[client] = self._updates[client].client.scale
-        minus_sent = -self._scale * self._was_sent[client]
-        return float(
-            sum(span.norm([minus_sent, *coefficients]) ** 2 for span in self._spans.values()) ** 0.5
-        )
+    @functools.cached_property
+    def _gram(self) -> tuple[Tensor, float]:
+        """Return the inner products of increments (K, K), and the length of G; over all modules."""
+        # Increments, and G itself as one more mixture.
+        own = torch.zeros(len(self._mixing), 1, dtype=torch.float64)
+        own[: self._rank] = self._scale
+        mixing = torch.cat([self._mixing, own], dim=1)
+        gram = torch.stack([span.gram(mixing) for span in self._spans.values()]).sum(dim=0)
+        return gram[:-1, :-1], float(gram[-1, -1].clamp_min(0).sqrt())
 
     def agreement(self, plain: Proposal) -> list[float]:
         """Return the cosine of each client's increment with the weighted mean of the others'."""
-        count = len(self._updates)
-        gram = torch.zeros(count, count, dtype=torch.float64)
-        for span in self._spans.values():
-            gram += span.gram(self._mixing)
+        gram, _ = self._gram
         c = torch.tensor(plain.coefficients, dtype=torch.float64)
         lengths = gram.diagonal().clamp_min(0).sqrt()
         found = []
-        for k in range(count):
+        for k in range(len(c)):
             others = c.clone()
             others[k] = 0
             size = float((others @ gram @ others).clamp_min(0).sqrt() * lengths[k])

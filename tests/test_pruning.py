@@ -85,8 +85,8 @@ def test_parts_are_kept_as_their_names_say() -> None:
 
     assert kept == {
         "all": both(0, 1, 2, 3, 4, 5),
-        "every other, from 1st": both(0, 2, 4),
-        "every other, from 2nd": both(1, 3, 5),
+        "every other from 1st": both(0, 2, 4),
+        "every other from 2nd": both(1, 3, 5),
         "low third": both(0, 1),
         "middle third": both(2, 3),
         "high third": both(4, 5),
@@ -268,6 +268,13 @@ def test_a_sparsity_that_is_none_is_refused(finished: Runs) -> None:
         plan_pruning([open_run(finished())], [0.5, 1.0])
 
 
+@pytest.mark.parametrize("strategy", ["fedsa-lora", "local-only"])
+def test_personal_models_are_refused(finished: Runs, strategy: str) -> None:
+    runs = [open_run(finished()), open_run(finished(strategy__name=strategy))]
+    with pytest.raises(ConfigError, match="a model of its own"):
+        plan_pruning(runs)
+
+
 def test_without_values_it_is_said_how_to_get_them(finished: Runs) -> None:
     folder = finished()
     plan = plan_pruning([open_run(folder)])
@@ -330,7 +337,7 @@ def test_the_command_writes_numbers_and_report_into_the_first_folder(
     )
     said = capsys.readouterr().err
     assert "1: fedavg" in said
-    assert "every other, from 1st" in said
+    assert "every other from 1st" in said
     assert f"fedcopra shapley {other}" in said.replace("\n", "")
     found = json.loads((one / "pruning.json").read_text())
     assert found["sparsities"] == [0.5, 0.9]

@@ -28,7 +28,7 @@ from common.lowrank import Term, adapted_modules, factor_names
 from common.paths import standard_error
 from common.residuals import residual_name
 from common.tensors import Tensors
-from server.analysis.shapley import Part, block_parts, module_parts, read_shapley
+from server.analysis.shapley import Part, block_parts, module_parts, read_shapley, single_model
 from server.analysis.stored_run import Scored, Scorer, StoredRun, only_in
 from strategies.base import Served
 
@@ -130,7 +130,7 @@ def _every_other(blocks: Sequence[Part]) -> Iterator[tuple[str, list[Part]]]:
     stacks = _stacks(blocks)
     if min(map(len, stacks)) >= 2:
         for start, rest in ((0, "from 1st"), (1, "from 2nd")):
-            yield f"every other, {rest}", [b for stack in stacks for b in stack[start::2]]
+            yield f"every other {rest}", [b for stack in stacks for b in stack[start::2]]
 
 
 def _thirds(blocks: Sequence[Part]) -> Iterator[tuple[str, list[Part]]]:
@@ -289,6 +289,8 @@ def plan_pruning(runs: Sequence[StoredRun], sparsities: Sequence[float] = SPARSI
     for share in sparsities:
         if not 0 < share < 1:
             raise ConfigError(f"--sparsity {share:g}: choose shares of entries above 0 and below 1")
+    for run in runs:
+        single_model(run)
     groups = grouped(runs)
     orders, notes = _orders(groups)
     cuts = {

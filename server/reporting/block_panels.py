@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -174,11 +175,11 @@ def _parts_panel(analysis: Analysis) -> Panel:
     cuts = _family(analysis, "parts")
     chosen = _marks(analysis)
     labels = list(chosen)
-    step = 0.5 / max(1, len(labels) - 1)
+    step = 0.4 / max(1, len(labels) - 1)
 
     def paint(axes: Axes) -> None:
         for number, (label, mark) in enumerate(chosen.items()):
-            shift = 0.0 if len(labels) == 1 else -0.25 + number * step
+            shift = 0.0 if len(labels) == 1 else -0.2 + number * step
             found = [
                 (row + shift, cut["scores"][label]["accuracy"])
                 for row, cut in enumerate(cuts)
@@ -207,7 +208,7 @@ def _parts_panel(analysis: Analysis) -> Panel:
         shows=f"Accuracy on {_examples(analysis)} when only the adapters named on the left are "
         "kept; the frozen model and its trained head always stay, and nothing is trained again. "
         "Low is next to the input. Every other block once from the first on, once from the "
-        f"second. Whiskers: {_whiskers(analysis)}.",
+        f"second. Whiskers: {_whiskers(analysis)}.{_paired(analysis)}",
         conclusion=" ".join(
             [
                 *(_left_of(analysis, label) for label in labels),
@@ -318,8 +319,10 @@ def _called(analysis: Analysis) -> dict[str, str]:
     labels = [row["label"] for row in analysis["labels"]]
     parts = [label.split(" · ") for label in labels]
     shared = 0
-    while len({row[shared] if len(row) > shared + 1 else None for row in parts}) == 1 < len(labels):
-        shared += 1
+    if len(parts) > 1:
+        # The last part of every label stays.
+        columns = zip(*(row[:-1] for row in parts), strict=False)
+        shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
     return {label: " · ".join(row[shared:]) for label, row in zip(labels, parts, strict=True)}
 
 
@@ -344,12 +347,20 @@ def _line(label: str, mark: Mark, kept: Sequence[tuple[float, Analysis]]) -> Lin
 
 def _examples(analysis: Analysis) -> str:
     rows = dict.fromkeys(f"{row['examples']} {row['split']}" for row in analysis["labels"])
-    return f"{spoken(list(rows))} examples"
+    seeds = sorted({seed for row in analysis["labels"] for seed in row["seeds"]})
+    numbered = f"seed{'s' if len(seeds) > 1 else ''} {spoken([str(seed) for seed in seeds])}"
+    return f"{spoken(list(rows))} examples ({numbered})"
 
 
 def _whiskers(analysis: Analysis) -> str:
     several = any(len(row["seeds"]) > 1 for row in analysis["labels"])
     return "one standard error, over examples" + (" and seeds" if several else "")
+
+
+def _paired(analysis: Analysis) -> str:
+    if len(analysis["labels"]) == 1 or not analysis["same_rows"]:
+        return ""
+    return " Differences are taken example by example: one may show where whiskers overlap."
 
 
 def _change(estimate: Estimate) -> str:
