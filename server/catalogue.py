@@ -78,6 +78,8 @@ _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusi
 def _type(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return " | ".join(schema["enum"])
+    if schema["type"] == "array":
+        return f"list of {_type(schema['items'])}"
     bounds = [f"{sign} {schema[bound]:g}" for bound, sign in _BOUNDS.items() if bound in schema]
     return ", ".join([_JSON_TYPES[schema["type"]], *bounds])
 

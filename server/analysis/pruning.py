@@ -28,7 +28,7 @@ from common.lowrank import Term, adapted_modules, factor_names
 from common.paths import standard_error
 from common.residuals import residual_name
 from common.tensors import Tensors
-from server.analysis.shapley import Part, block_parts, module_parts, read_shapley, single_model
+from server.analysis.shapley import Part, block_parts, module_parts, read_shapley
 from server.analysis.stored_run import Scored, Scorer, StoredRun, only_in
 from strategies.base import Served
 
@@ -290,7 +290,7 @@ def plan_pruning(runs: Sequence[StoredRun], sparsities: Sequence[float] = SPARSI
         if not 0 < share < 1:
             raise ConfigError(f"--sparsity {share:g}: choose shares of entries above 0 and below 1")
     for run in runs:
-        single_model(run)
+        run.one_model()
     groups = grouped(runs)
     orders, notes = _orders(groups)
     cuts = {

@@ -12,7 +12,7 @@ and 2.3; Mitchell et al., arXiv 2104.12199, for antithetic orders.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import comb
 from pathlib import Path
@@ -31,7 +31,6 @@ from common.tensors import Tensors
 from server.analysis.stored_run import Scorer, StoredRun
 from server.folders import write_json
 from server.reporting.wording import short_names
-from strategies.base import Served
 
 Coalition = frozenset[str]
 # What a coalition is worth, (measures, rows): of each measure the mean over rows counts.
@@ -235,17 +234,6 @@ PLAYERS: Mapping[str, Callable[[Tensors], list[Part]]] = {
 # The analysis of a run.
 
 
-def single_model(run: StoredRun) -> Served:
-    """Return the served model; of a personalised run only the part that all share is stored.
-
-    Raises:
-        ConfigError: the run serves a model a client.
-    """
-    if run.record["strategy"]["personalised"]:
-        run = replace(run, served=None)
-    return run.one_model()
-
-
 @dataclass(frozen=True)
 class Plan:
     """What is to be scored; whatever can be refused has been."""
@@ -273,7 +261,7 @@ def plan_shapley(run: StoredRun, players: str, orders: int, seed: int) -> Plan:
             f"--orders {orders}: every order comes with its reverse, and an error needs two such "
             "pairs; choose an even number, 4 at least"
         )
-    parts = {part.name: part for part in PLAYERS[players](single_model(run).tensors)}
+    parts = {part.name: part for part in PLAYERS[players](run.one_model().tensors)}
     for task in load_tasks(run.experiment.task):
         if not len(task.validation):
             raise ConfigError(

@@ -323,7 +323,9 @@ def _over_plane(analysis: Analysis) -> Panel:
         )
         for label, marker, x, y in _marked(surface):
             axes.plot(x, y, marker, color=TEXT, markersize=6, markeredgecolor=SURFACE)
-            axes.annotate(label, (x, y), xytext=(0, 6), textcoords="offset points", ha="center")
+            # The served model is often where the mean is: their names would cover each other.
+            above = -14 if label == "served" else 6
+            axes.annotate(label, (x, y), xytext=(0, above), textcoords="offset points", ha="center")
         axes.set(xlabel="distance, ‖sBA‖", ylabel="distance, ‖sBA‖", aspect="equal")
         axes.grid(visible=False)
 
