@@ -39,7 +39,7 @@ from common.tensors import Tensors, digest, part_of, weighted_mean
 from server.evaluation import Evaluator
 from server.flower_strategy import Outcomes, choose_cohort, digest_of, find_clients, run_federation
 from server.local_grid import LocalGrid
-from server.record import build_record, read_run, write_run
+from server.record import build_record, read_run, read_updates, write_run
 from server.reporting.report import write_report
 from server.simulation import Finished, simulate
 from strategies import STRATEGIES, resolve
@@ -1001,11 +1001,27 @@ def test_a_record_is_plain_json_and_can_be_read_again(
     again, read, tensors = read_run(tmp_path)
     assert again == record
     assert read == experiment
-    assert record["digest"] == digest_of(done.outcomes)
+    assert record["digest"] == digest_of(done.outcomes.served)
     served = [model.tensors for model in done.outcomes.served]
     prefix = [f"model.{k}/" if len(served) > 1 else "" for k in range(len(served))]
     flat = {p + n: t for p, model in zip(prefix, served, strict=True) for n, t in model.items()}
     assert digest(tensors) == digest(flat)
+    kept = read_updates(tmp_path, record)
+    assert [update.client for update in kept] == [u.client for u in done.outcomes.updates]
+    for one, other in zip(kept, done.outcomes.updates, strict=True):
+        assert digest(one.sent) == digest(other.sent)
+        assert digest(one.tensors) == digest({n: other.tensors[n] for n in other.sent})
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0, []), (2, [0, 1]), (8, [0, 1, 2])])
+def test_a_run_keeps_what_the_first_clients_sent_last(
+    digits_experiment: Build, tmp_path: Path, keep: int, kept: list[int]
+) -> None:
+    done = finished(digits_experiment(federation__keep_updates=keep))
+    record = build_record(done, "a label")
+    write_run(tmp_path, record, done.outcomes)
+    assert [u.client.client for u in read_updates(tmp_path, record)] == kept
+    assert (tmp_path / "updates.safetensors").is_file() == bool(kept)
 
 
 def test_a_run_that_diverged_can_still_be_recorded(

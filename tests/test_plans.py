@@ -63,7 +63,7 @@ def test_settings_are_chosen_on_validation_rows_at_a_seed_that_is_not_reported()
         "alpha=0.1, rank=1, cohort=all",
     ]
     trials = plan_trials(DIGITS, subjects_of(["fedavg", "flora"], {}), places, SUITE.grid)
-    assert len(trials) == 2 * 2 * 3
+    assert len(trials) == 2 * 2 * 4
     for trial in trials:
         assert trial.run.experiment.task.evaluate_on == "validation"
         assert trial.run.experiment.federation.seed == TUNING_SEED

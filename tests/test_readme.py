@@ -18,7 +18,7 @@ BRIEFLY = {
     "simulate": BRIEF,
     "compare": BRIEF,
     "connectivity": "--examples 40 --points 3 --clients 3",
-    "shapley": "--examples 40 --orders 2",
+    "shapley": "--examples 40 --orders 4",
     "prune": "--examples 40",
 }
 
