@@ -28,7 +28,7 @@ from common.seeds import torch_generator
 from common.tasks import LabelledTask, Split
 from server.environment import prepare_environment
 
-STEPS = 60
+STEPS = 40
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     print(json.dumps(probe_share()), flush=True)
 
 
-def schedule_against_lora(repeats: int = 5) -> dict[str, Any]:
+def schedule_against_lora(repeats: int = 3) -> dict[str, Any]:
     """Train in turn with the schedule and without; return the ratio of CPU seconds."""
     with TemporaryDirectory() as folder:
         backbone = _random_encoder(Path(folder))
@@ -48,13 +48,13 @@ def schedule_against_lora(repeats: int = 5) -> dict[str, Any]:
         none = Split([], torch.zeros(0, dtype=torch.int64).numpy())
         task = LabelledTask("random", "text", ("a", "b"), none, none, none, none)
         start = model.initial((task,), seed=0)
-    rows = _random_texts(256, 32)
+    rows = _random_texts(256, 24)
     run = LocalRun(1, 0, STEPS, STEPS, ("lora_A", "lora_B", "head"))
 
     def seconds(copra: Copra) -> float:
         model.load(start, 8, task)
         began = time.process_time()
-        train_locally(model, rows, run, Train(batch_size=16), copra)
+        train_locally(model, rows, run, Train(batch_size=8), copra)
         return time.process_time() - began
 
     seconds(Copra())

@@ -24,8 +24,8 @@ from common.tensors import Tensors
 _BATCH = 64
 
 
-def slopes(model: AdaptedBackbone, rows: Features, directions: Directions) -> Tensor:
-    """Return (rows, K): the derivative of the loss of each row of the loaded model, in float64.
+def slopes(model: AdaptedBackbone, rows: Features, directions: Directions) -> tuple[Tensor, Tensor]:
+    """Return losses (rows,) of the loaded model, and their derivatives (rows, K) in float64.
 
     Dropout is off. Rows must not meet in the model, as in batch statistics that are trained.
 
@@ -38,11 +38,12 @@ def slopes(model: AdaptedBackbone, rows: Features, directions: Directions) -> Te
         parameter.requires_grad_(True)
     moves = _moves(model, directions, device)
     model.module.eval()
-    found = []
+    found, losses = [], []
     for batch in rows.batches(_BATCH, device):
         with _watched(moves) as seen:
-            losses = functional.cross_entropy(model.logits(batch), batch.labels, reduction="sum")
-            gradients = torch.autograd.grad(losses, [output for _, _, output in seen])
+            loss = functional.cross_entropy(model.logits(batch), batch.labels, reduction="none")
+            gradients = torch.autograd.grad(loss.sum(), [output for _, _, output in seen])
+        losses.append(loss.detach())
         found.append(
             torch.stack(
                 [
@@ -51,7 +52,7 @@ def slopes(model: AdaptedBackbone, rows: Features, directions: Directions) -> Te
                 ]
             ).sum(dim=0)
         )
-    return torch.cat(found).cpu()
+    return torch.cat(losses).cpu(), torch.cat(found).cpu()
 
 
 class _FactoredMove:

@@ -101,13 +101,16 @@ class Evaluator:
             probed = self._rows_to_probe(examples, part)
             return torch.cat([self._losses(model, rows)[0] for rows in probed])
 
-        def slopes_along(tensors: Tensors, directions: Directions, part: slice) -> Tensor:
+        def slopes_along(
+            tensors: Tensors, directions: Directions, part: slice
+        ) -> tuple[Tensor, Tensor]:
             found = []
             for rows in self._rows_to_probe(examples, part):
                 with self.model.in_use:
                     self.model.load(for_task(tensors, rows.task.name), rank, rows.task)
                     found.append(slopes(self.model, rows.features, directions))
-            return torch.cat(found)
+            found_losses, found_slopes = zip(*found, strict=True)
+            return torch.cat(found_losses), torch.cat(found_slopes)
 
         return Probe(losses, slopes_along)
 

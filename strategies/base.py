@@ -86,11 +86,12 @@ class Probe:
 
     Attributes:
         losses: `(served tensors, rows) -> (n,)`, the loss of each of these rows.
-        slopes: `(served tensors, K directions, rows) -> (n, K)`, its derivative along each.
+        slopes: `(served tensors, K directions, rows) -> (n,), (n, K)`, the same losses, and their
+            derivatives along each direction.
     """
 
     losses: Callable[[Tensors, slice], Tensor]
-    slopes: Callable[[Tensors, Directions, slice], Tensor]
+    slopes: Callable[[Tensors, Directions, slice], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

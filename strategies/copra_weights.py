@@ -19,8 +19,9 @@ from strategies.base import Update
 # One half of the probe rows proposes, the other judges.
 CHOOSE, JUDGE = slice(0, None, 2), slice(1, None, 2)
 SMALLEST_COHORT = 3  # at most a third of the clients may be vetoed
-# A client is a suspect if its slope says that it hurts, by this many standard errors.
-_SUSPECT_Z = 1.0
+# A slope that says that a client hurts, by this share of the veto's standard errors, makes it a
+# suspect: slopes are exact for small weights only.
+_SUSPECT = 0.75
 _TILT_RATE, _TILT_ANCHOR = 2.0, 0.1  # a and ρ of 7.4, step 4
 _MOST_OF_BY_DATA = 3.0
 
@@ -82,7 +83,7 @@ def _z(gains: Tensor) -> float:
     return float(gains.mean()) / error if error > 0 else 0.0
 
 
-def suspects(trial: Trial, proposal: Proposal) -> dict[int, float]:
+def suspects(trial: Trial, proposal: Proposal, threshold: float) -> dict[int, float]:
     """Return by position the z of every client whose slope says that it hurts.
 
     To first order the merge without client k has a loss lower by `w_k/(1-w_k)·(g_k - Σ w_j g_j)`
@@ -93,7 +94,7 @@ def suspects(trial: Trial, proposal: Proposal) -> dict[int, float]:
     limited = slopes * torch.tensor(proposal.limits, dtype=torch.float64)
     excess = limited - (limited @ weights)[:, None]
     z = {k: _z(excess[:, k]) for k, weight in enumerate(proposal.weights) if 0 < weight < 1}
-    return {k: value for k, value in z.items() if value >= _SUSPECT_Z}
+    return {k: value for k, value in z.items() if value >= _SUSPECT * threshold}
 
 
 def veto(trial: Trial, start: Proposal, threshold: float, screened: bool) -> Chosen:
@@ -105,7 +106,11 @@ def veto(trial: Trial, start: Proposal, threshold: float, screened: bool) -> Cho
     proposal, vetoed = start, list[int]()
     notes: dict[str, Any] = {}
     for _ in range(len(trial.clients) // 3):
-        tried = suspects(trial, proposal) if screened else dict.fromkeys(range(len(start.weights)))
+        tried = (
+            suspects(trial, proposal, threshold)
+            if screened
+            else dict.fromkeys(range(len(start.weights)), 0.0)
+        )
         if screened and "suspects" not in notes:
             notes["suspects"] = {str(trial.clients[k]): z for k, z in tried.items()}
         tried = {k: z for k, z in tried.items() if 0 < proposal.weights[k] < 1}

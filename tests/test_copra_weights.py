@@ -89,7 +89,7 @@ def test_the_first_order_gain_of_leaving_out_is_that_of_small_weights() -> None:
 
 
 def test_who_pulls_the_wrong_way_is_a_suspect_and_the_others_are_not() -> None:
-    assert set(suspects(HARMED, even(4))) == {3}
+    assert set(suspects(HARMED, even(4), 2.0)) == {3}
 
 
 def test_screening_asks_for_the_losses_of_suspects_only_and_decides_the_same() -> None:
@@ -105,8 +105,8 @@ def test_screening_asks_for_the_losses_of_suspects_only_and_decides_the_same() -
 def test_a_limit_counts_as_a_shorter_increment() -> None:
     halved = replace(HARMED, increments=HARMED.increments * torch.tensor([[1], [1], [1], [0.5]]))
     limited = replace(even(4), limits=(1.0, 1.0, 1.0, 0.5))
-    assert suspects(HARMED, limited) == pytest.approx(suspects(halved, even(4)))
-    assert suspects(HARMED, limited) != pytest.approx(suspects(HARMED, even(4)))
+    assert suspects(HARMED, limited, 2.0) == pytest.approx(suspects(halved, even(4), 2.0))
+    assert suspects(HARMED, limited, 2.0) != pytest.approx(suspects(HARMED, even(4), 2.0))
 
 
 def test_a_bump_is_what_three_points_say() -> None:

@@ -867,7 +867,8 @@ def test_the_probes_slopes_are_those_of_its_losses(digits_experiment: Build) -> 
     stacks = {m: Term.of(state, m) for m in adapted_modules(state)}
     mixing = torch.full((4, 1), 6 / 4, dtype=torch.float64)  # s, so that a move by h is (1 + h)·B
     directions = Directions(stacks, mixing, heads)
-    found = probe.slopes(state, directions, slice(1, None, 2))
+    losses, found = probe.slopes(state, directions, slice(1, None, 2))
+    torch.testing.assert_close(losses, probe.losses(state, slice(1, None, 2)), rtol=0, atol=1e-5)
 
     def moved(by: float) -> Tensor:
         model = {n: t * (1 + by) if "lora_B" in n else t for n, t in state.items()}

@@ -16,6 +16,7 @@ from common.errors import ConfigError
 from common.features import Features, extract_features
 from common.lowrank import Directions, Term, adapted_modules, factor_names
 from common.residuals import residual_name
+from common.scoring import losses_and_hits
 from common.slopes import slopes
 from common.tasks import Kind, LabelledTask, Split
 
@@ -123,10 +124,12 @@ def test_slopes_are_the_gradient_of_full_matrices_row_by_row(
     for parameter in model.parameters().values():
         parameter.requires_grad_(False)
     hooks = {name: len(layer._forward_hooks) for name, layer in model.layers.items()}
-    found = slopes(model, rows, directions)
+    losses, found = slopes(model, rows, directions)
     assert found.shape == (len(rows), K)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, exact, rtol=2e-4, atol=2e-4)
+    plain, _ = losses_and_hits(model, rows, "float32")
+    torch.testing.assert_close(losses, plain, rtol=1e-4, atol=1e-5)
     assert float(exact.std(dim=0).min()) > 1e-2  # rows differ
     assert {name: len(layer._forward_hooks) for name, layer in model.layers.items()} == hooks
 
@@ -139,7 +142,8 @@ def test_rows_come_back_in_order_over_several_batches(
     directions = some_directions(state)
     model.load(state, 2, task)
     many = picture_rows.select(torch.arange(100) % 48)
-    found = slopes(model, many, directions)
+    losses, found = slopes(model, many, directions)
+    torch.testing.assert_close(losses[:48], losses[48:96], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[:48], found[48:96], rtol=1e-4, atol=1e-5)
 
 

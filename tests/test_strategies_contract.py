@@ -376,12 +376,12 @@ def test_a_probe_is_shown_whole_models_of_the_served_rank(name: str) -> None:
         assert_well_formed(tensors, rank)
         return torch.full((64,), float(tensors["head.toy.bias"].norm()))[rows]
 
-    def slopes(tensors: Tensors, directions: Directions, rows: slice) -> Tensor:
+    def slopes(tensors: Tensors, directions: Directions, rows: slice) -> tuple[Tensor, Tensor]:
         assert_well_formed(tensors, rank)
         # One client stands out, so that a method that screens by slopes goes on to ask for losses.
         count = directions.mixing.shape[1]
         noise = torch.rand(64, count, generator=torch.Generator().manual_seed(0))
-        return (noise + torch.arange(count))[rows]
+        return probe(tensors, rows), (noise + torch.arange(count))[rows]
 
     strategy.merge(state, updates, Probe(probe, slopes))
     assert bool(shown) == bool(strategy.probe_examples)

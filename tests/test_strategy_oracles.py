@@ -670,7 +670,7 @@ def test_a_veto_needs_as_many_standard_errors_as_asked_for(
     z: float, veto_z: float, vetoed: list[int]
 ) -> None:
     """Losses are the distance to the target times fixed numbers, whose z is known by hand."""
-    strategy = build("copra-merge", veto_z=veto_z)
+    strategy = build("copra-merge", veto_z=veto_z, screening="none")
     target = goal()
     half = ROWS_OF_PROBE // 2
     swing = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(half // 2)

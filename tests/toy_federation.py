@@ -126,15 +126,14 @@ def drift(seed: int, *, alike: bool = False) -> Train:
 def probe_of(losses: Callable[[Tensors, slice], Tensor], step: float = 1e-4) -> Probe:
     """Return the probe with these losses, and their slopes by central differences."""
 
-    def slopes(tensors: Tensors, directions: Directions, rows: slice) -> Tensor:
+    def slopes(tensors: Tensors, directions: Directions, rows: slice) -> tuple[Tensor, Tensor]:
         count = directions.mixing.shape[1]
 
         def moved(k: int, by: float) -> Tensor:
             return losses(_moved(tensors, directions, k, by), rows).double()
 
-        return torch.stack(
-            [(moved(k, step) - moved(k, -step)) / (2 * step) for k in range(count)], dim=1
-        )
+        found = [(moved(k, step) - moved(k, -step)) / (2 * step) for k in range(count)]
+        return losses(tensors, rows), torch.stack(found, dim=1)
 
     return Probe(losses, slopes)
 
