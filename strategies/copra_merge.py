@@ -14,10 +14,12 @@ would shrink it every round. Specification 7; the coefficients are found in `cop
 
 import functools
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, field_validator
@@ -264,6 +266,15 @@ class _Probed:
         return self._merged[proposal]
 
 
+_T = TypeVar("_T")
+
+
+def _at_once(work: Callable[[str], _T], modules: Sequence[str]) -> dict[str, _T]:
+    """Return the work on every module, done on all cores: linear algebra lets go of the GIL."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return dict(zip(modules, pool.map(work, modules), strict=True))
+
+
 @dataclass(frozen=True)
 class _Candidate:
     tensors: Tensors
@@ -285,10 +296,11 @@ class _Merger:
         self._state, self._updates, self._split = state, updates, split
         self._rank, self._scale, self._seed = rank, scale, seed
         self._modules = adapted_modules(state)
-        self._spans = {
-            module: Span([Term.of(state, module), *(Term.of(u.tensors, module) for u in updates)])
-            for module in self._modules
-        }
+        returned = [update.tensors for update in updates]
+        self._spans = _at_once(
+            lambda module: Span([Term.of(tensors, module) for tensors in (state, *returned)]),
+            self._modules,
+        )
         ranks = [(u.client.rank, u.client.scale) for u in updates]
         own = [torch.full((r, 1), s, dtype=torch.float64) for r, s in ranks]
         block: Tensor = torch.block_diag(*own)  # type: ignore[no-untyped-call]
@@ -321,7 +333,8 @@ class _Merger:
         own = torch.zeros(len(self._mixing), 1, dtype=torch.float64)
         own[: self._rank] = self._scale
         mixing = torch.cat([self._mixing, own], dim=1)
-        gram = torch.stack([span.gram(mixing) for span in self._spans.values()]).sum(dim=0)
+        by_module = _at_once(lambda module: self._spans[module].gram(mixing), self._modules)
+        gram = torch.stack(list(by_module.values())).sum(dim=0)
         return gram[:-1, :-1], float(gram[-1, -1].clamp_min(0).sqrt())
 
     def agreement(self, plain: Proposal) -> list[float]:
@@ -344,9 +357,12 @@ class _Merger:
         remaining = self._scale * (1 - steps @ self._was_sent)
         scaled = [float(c) * u.client.scale for c, u in zip(steps, self._updates, strict=True)]
         merged = self._heads(steps.tolist(), proposal.weights)
+        found = _at_once(
+            lambda module: self._spans[module].best([remaining, *scaled], self._rank),
+            self._modules,
+        )
         kept, whole = 0.0, 0.0
-        for module, span in self._spans.items():
-            best, energy = span.best([remaining, *scaled], self._rank)
+        for module, (best, energy) in found.items():
             kept, whole = kept + float(best.S.square().sum()), whole + energy
             term = self._split(best, self._scale)
             term = revive_dead_directions(module, term, best.S, self._rank, self._seed)
