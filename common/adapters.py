@@ -198,10 +198,9 @@ class AdaptedBackbone:
         self._rank = rank
 
     def _inject(self, rank: int) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-
+        peft = _peft()
         prefix = next(iter(self._targets)).split(".", 1)[0] + "."
-        config = LoraConfig(
+        config = peft.LoraConfig(
             r=rank,
             lora_alpha=self._adapter.alpha,
             use_rslora=self._adapter.rslora,
@@ -213,7 +212,7 @@ class AdaptedBackbone:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # It warns of a second adapter; here every rank has one of its own.
             warnings.simplefilter("ignore", UserWarning)
-            inject_adapter_in_model(config, self.backbone.encoder, adapter_name=_slot(rank))
+            peft.inject_adapter_in_model(config, self.backbone.encoder, adapter_name=_slot(rank))
         for module in self._targets:
             layer = self.backbone.encoder.get_submodule(module.removeprefix(prefix))
             if module not in self._layers:
@@ -254,6 +253,14 @@ def _factor_shapes(targets: Mapping[str, tuple[int, int]], rank: int) -> dict[st
         shapes[name_A] = torch.Size((rank, in_features))
         shapes[name_B] = torch.Size((out_features, rank))
     return shapes
+
+
+def _peft() -> Any:
+    """Import PEFT, and bitsandbytes with it where that is there, without torch's word on itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import peft
+    return peft
 
 
 def _slot(rank: int) -> str:
@@ -343,8 +350,7 @@ def export_peft(
     Raises:
         UpdateRefusedError: the state has not exactly the tensors that PEFT expects.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-
+    peft = _peft()
     # An adapter is the same on any grid of its base.
     plain = backbone.model_copy(update={"quantised": "none"})
     base: Any = load_base_model(plain, task.kind, len(task.labels))
@@ -364,7 +370,7 @@ def export_peft(
         state,
         _factor_shapes(targets, rank) | {prefix + name: shape for name, shape in head.items()},
     )
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=adapter.scale(rank) * (rank**0.5 if adapter.rslora else rank),
         use_rslora=adapter.rslora,
@@ -377,9 +383,9 @@ def export_peft(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT asks transformers by a name that is on its way out.
         warnings.simplefilter("ignore", FutureWarning)
-        model = get_peft_model(base, config)
+        model = peft.get_peft_model(base, config)
     named = {
         "base_model.model." + name.removeprefix(prefix): tensor for name, tensor in state.items()
     }
-    set_peft_model_state_dict(model, named)
+    peft.set_peft_model_state_dict(model, named)
     model.save_pretrained(str(folder))
