@@ -6,6 +6,7 @@ judges: unless the whole proposal gains more than one standard error there, w⁰
 Losses are compared row by row. Source: copra specification 7.3 and 7.4.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.candidates import ERRORS, GAINS
+from common.paths import standard_error
 from strategies.base import Update
 
 # One half of the probe rows proposes, the other judges.
@@ -77,9 +79,7 @@ def paired_z(losses: Tensor, others: Tensor) -> float:
 
 
 def _z(gains: Tensor) -> float:
-    if len(gains) < 2:
-        return 0.0  # one row has no standard error
-    error = float(gains.std()) / len(gains) ** 0.5
+    error = standard_error(gains)  # 0 for one row, which therefore has no say
     return float(gains.mean()) / error if error > 0 else 0.0
 
 
@@ -153,8 +153,7 @@ def bump(start: Tensor, middle: Tensor, end: Tensor) -> Bump:
     f0, f1, f2 = (float(losses.double().mean()) for losses in (start, middle, end))
     bend = f0 - 2 * f1 + f2
     best = min(max((3 * f0 - 4 * f1 + f2) / (4 * bend), 0.0), 1.5) if bend > 0 else float(f2 < f0)
-    error = float(over.std()) / len(over) ** 0.5 if len(over) > 1 else 0.0
-    return Bump(max(0.0, float(over.mean())), error, best)
+    return Bump(max(0.0, float(over.mean())), standard_error(over), best)
 
 
 def discount_barriers(trial: Trial, start: Proposal, limit: float) -> Chosen:
@@ -174,7 +173,7 @@ def discount_barriers(trial: Trial, start: Proposal, limit: float) -> Chosen:
         "barriers": {str(trial.clients[k]): b.height for k, b in found.items()}
     }
     factors = {
-        k: _exp(-max(0.0, b.height - max(0.01, 2 * b.error)) / (0.05 * f0)) if f0 > 0 else 1.0
+        k: math.exp(-max(0.0, b.height - max(0.01, 2 * b.error)) / (0.05 * f0)) if f0 > 0 else 1.0
         for k, b in found.items()
     }
     stuck = [k for k, b in found.items() if b.height > limit * f0 and b.best == 0]
@@ -188,10 +187,6 @@ def discount_barriers(trial: Trial, start: Proposal, limit: float) -> Chosen:
     if total <= 0:
         return Chosen(start, notes)
     return Chosen(replace(start, weights=tuple(w / total for w in weights)), notes)
-
-
-def _exp(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).exp())
 
 
 def tilt(trial: Trial, start: Proposal, by_data: Sequence[float], steps: int) -> Chosen:
