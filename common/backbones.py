@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common.config import Backbone
 from common.errors import ConfigError
+from common.first_token import keep_first_token
 from common.package_files import package_file
 from common.tasks import Kind
 
@@ -339,4 +340,5 @@ def load_backbone(config: Backbone, kind: Kind, device: str) -> PretrainedBackbo
     for flag in _QUANTISED_FLAGS:
         setattr(encoder, flag, getattr(model, flag, False))
     encoder.requires_grad_(False)
+    keep_first_token(encoder)
     return PretrainedBackbone(load_preprocessor(config, kind), encoder, place)
