@@ -12,9 +12,10 @@ from flwr.clientapp import ClientApp
 
 from clients.evaluation import evaluate_own, judge
 from clients.harm import harmed, random_labels
+from clients.prompt_norms import NormPenalty, answers_of, norm_penalty
 from clients.training import LocalRun, train_locally
 from clients.upload import compressed, rank_of, returned
-from common.adapters import AdaptedBackbone, at_rank, load_adapted_backbone
+from common.adapters import at_rank
 from common.candidates import scores, unpacked
 from common.config import Experiment
 from common.errors import UpdateRefusedError
@@ -30,6 +31,7 @@ from common.messages import (
     remember,
     unpack_instruction,
 )
+from common.models import Model, load_model
 from common.residuals import caught_up, is_change, is_residual
 from common.rows import load_training_rows
 from common.seeds import child_seed
@@ -62,12 +64,23 @@ def train(message: Message, context: Context) -> Message:
         steps=plan.steps,
         total_steps=federation.rounds * plan.steps,
         trains=plan.trains,
+        round=plan.round,
+        rounds=federation.rounds,
         rules=plan.rules,
         rank=rank_of(client.held),
     )
     start = time.perf_counter()
+    answers = answers_of(model, rows, run, experiment) if plan.rules.probes else {}
+    weights = under("weights/", client.held)
+    penalty = norm_penalty(model, run, experiment.nemesis, weights)
     trained = train_locally(
-        model, rows, run, settings, experiment.copra, client.control_correction()
+        model,
+        rows,
+        run,
+        settings,
+        experiment.copra,
+        client.control_correction(),
+        penalty,
     )
     end_state = harmed(experiment.harm, plan.client, start_state, model.state())
     upload = returned(
@@ -83,10 +96,21 @@ def train(message: Message, context: Context) -> Message:
     tensors, own = compressed(
         upload.tensors, client.held, upload.own, experiment.wire.up, plan.rules.steady
     )
-    outcome = Outcome(plan.client, len(rows), trained.loss, time.perf_counter() - start)
+    outcome = Outcome(
+        plan.client, len(rows), trained.loss, time.perf_counter() - start, *_probed(penalty)
+    )
     # An update that diverged is refused by the server; nothing of it may stay here either.
     client.remember(own if _is_finite(own) else client.memory.own)
-    return Message(pack_update(outcome, tensors), reply_to=message)
+    return Message(pack_update(outcome, {**tensors, **answers}), reply_to=message)
+
+
+def _probed(penalty: NormPenalty | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return how often each position was asked about and chosen, prompt after prompt."""
+    asked, chosen = (penalty.asked, penalty.chosen) if penalty else ({}, {})
+    return (
+        tuple(int(n) for name in asked for n in asked[name]),
+        tuple(int(n) for name in chosen for n in chosen[name]),
+    )
 
 
 @app.train("project")
@@ -148,12 +172,12 @@ class _Client:
         self.scale = self.experiment.adapter.scale(self.rank)
         self.held = self._unpacked(received, self._model())
 
-    def _model(self) -> AdaptedBackbone:
+    def _model(self) -> Model:
         experiment = self.experiment
         kind, device = self.shard.task.kind, experiment.train.device
-        return load_adapted_backbone(experiment.backbone, kind, experiment.adapter, device)
+        return load_model(experiment.backbone, kind, experiment.adapter, device)
 
-    def _unpacked(self, received: Tensors, model: AdaptedBackbone) -> Tensors:
+    def _unpacked(self, received: Tensors, model: Model) -> Tensors:
         """Return the whole model that this parcel stands for."""
         plan = self.plan
         known = self.memory.held if plan.since else {}
@@ -166,7 +190,7 @@ class _Client:
         kept = {n: t for n, t in known.items() if not is_residual(n)}
         return {**kept, **drawn, **sent, **caught_up(known, received)}
 
-    def _drawn(self, model: AdaptedBackbone) -> Tensors:
+    def _drawn(self, model: Model) -> Tensors:
         """Return the parts that are still as everyone draws them."""
         seed = self.experiment.federation.seed
         start = model.initial((self.shard.task,), seed, self.plan.restart)
@@ -186,13 +210,13 @@ class _Client:
             drawn[name_A] = kaiming_start(rank, features, module, seed)
         return drawn
 
-    def loaded_model(self, in_place: Tensors = MappingProxyType({})) -> AdaptedBackbone:
+    def loaded_model(self, in_place: Tensors = MappingProxyType({})) -> Model:
         """Return the model, loaded with what was sent and, over it, what this client keeps.
 
         `in_place` stands in for what was sent of the same names.
         """
         model = self._model()
-        whole = {n: t for n, t in self.held.items() if not n.startswith("control/")}
+        whole = {n: t for n, t in self.held.items() if "/" not in n}
         whole |= {**in_place, **under("kept/", self.memory.own)}
         model.load(padded(whole, self.rank), self.rank, self.shard.task)
         return model

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from clients.upload import rank_of
-from common.adapters import AdaptedBackbone, load_adapted_backbone
 from common.config import Experiment
 from common.errors import DataError
 from common.messages import Plan
+from common.models import Model, load_model
 from common.rows import load_held_out_rows, load_training_rows
 from common.scoring import losses_and_hits, own_scores
 from common.seeds import numpy_generator
@@ -17,9 +17,7 @@ from common.shards import Shard, deal_shards
 from common.tensors import Tensors, head_prefix
 
 
-def evaluate_own(
-    model: AdaptedBackbone, experiment: Experiment, shard: Shard
-) -> tuple[float, float]:
+def evaluate_own(model: Model, experiment: Experiment, shard: Shard) -> tuple[float, float]:
     """Return (accuracy, loss) of the loaded model on held-out rows weighted like the shard's."""
     rows = load_held_out_rows(
         experiment.task,
@@ -46,7 +44,7 @@ def judge(candidates: Sequence[Tensors], experiment: Experiment, plan: Plan) -> 
     stream = numpy_generator(seed, "judge", plan.client, "round", plan.round)
     chosen = stream.permutation(len(shard.rows))[: plan.rules.judge_rows]
     device, task = experiment.train.device, shard.task
-    model = load_adapted_backbone(experiment.backbone, task.kind, experiment.adapter, device)
+    model = load_model(experiment.backbone, task.kind, experiment.adapter, device)
     rows = load_training_rows(
         experiment.task, task.name, experiment.backbone, experiment.adapter, device
     ).select(torch.from_numpy(shard.rows[chosen]))

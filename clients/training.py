@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.adapters import AdaptedBackbone
 from common.config import Copra, Train
 from common.copra import draw_switches, keep_probability, switched
-from common.features import Features
+from common.features import Batch, Features
+from common.models import Model
 from common.rules import NO_RULES, LocalRules
 from common.seeds import child_seed, torch_generator
 from common.tails import kept_directions, tail_size
 from common.tensors import Tensors, part_of
+
+# From a batch and its logits to a term of the loss.
+Penalty = Callable[[Batch, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class LocalRun:
         trains: the parts that are trained; the others stay as they were loaded.
         rules: what the method asks for beside.
         rank: the directions that are trained; behind them a slot may hold pruned ones.
+        round, rounds: 1-based, of how many.
     """
 
     seed: int
@@ -41,6 +45,8 @@ class LocalRun:
     trains: tuple[str, ...]
     rules: LocalRules = NO_RULES
     rank: int = 0
+    round: int = 1
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,17 @@ class Trained:
 
 
 def train_locally(
-    model: AdaptedBackbone,
+    model: Model,
     rows: Features,
     run: LocalRun,
     train: Train,
     copra: Copra,
     correction: Tensors | None = None,
+    penalty: Penalty | None = None,
 ) -> Trained:
     """Train the loaded model in place.
 
-    Cross-entropy per example, and what the rules add to it; gradients are clipped at
+    Cross-entropy per example, and what the rules and `penalty` add to it; gradients are clipped at
     `max_grad_norm`, then `correction` is added to them, name by name (SCAFFOLD's `c - c_k`). The
     optimiser starts afresh: after a merge the factors' basis has turned, and old moments mean
     nothing.
@@ -72,9 +79,10 @@ def train_locally(
     optimiser = _OPTIMISERS[train.optimiser](
         parameters.values(), lr=train.learning_rate, weight_decay=train.weight_decay
     )
-    device = model.backbone.device
+    device = model.device
     corrections = {n: t.to(device) for n, t in (correction or {}).items() if n in parameters}
     penalties = _penalties(parameters, run)
+    penalties += [penalty] if penalty else []
     total_rate = 0.0
     batches = _shuffled_batches(len(rows), train.batch_size, torch_generator(run.seed, "batches"))
     switch_stream = torch_generator(run.seed, "copra")
@@ -94,8 +102,10 @@ def train_locally(
                 batch = rows.batch(next(batches), device)
                 with _precision(train, device):
                     logits = model.logits(batch)
+                    # Here too: what asks the model again must be answered in the same precision.
+                    added = [penalty(batch, logits) for penalty in penalties]
                 loss = functional.cross_entropy(logits, batch.labels)
-                objective = sum((penalty() for penalty in penalties), start=loss)
+                objective = sum(added, start=loss)
                 objective.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters.values(), train.max_grad_norm)
             _correct(parameters, corrections)
@@ -112,15 +122,15 @@ _OPTIMISERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def _penalties(parameters: Mapping[str, nn.Parameter], run: LocalRun) -> list[Callable[[], Tensor]]:
+def _penalties(parameters: Mapping[str, nn.Parameter], run: LocalRun) -> list[Penalty]:
     """Return the terms that the rules add to the loss."""
-    rules, penalties = run.rules, list[Callable[[], Tensor]]()
+    rules, penalties = run.rules, list[Penalty]()
     if rules.proximal:
         sent = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        penalties.append(lambda: rules.proximal / 2 * _squared_distance(parameters, sent))
+        penalties.append(lambda *_: rules.proximal / 2 * _squared_distance(parameters, sent))
     if rules.tail_penalty:
         kept = kept_directions(run.rank, rules.tail_share)
-        penalties.append(lambda: rules.tail_penalty * tail_size(parameters, kept))
+        penalties.append(lambda *_: rules.tail_penalty * tail_size(parameters, kept))
     return penalties
 
 

@@ -84,8 +84,8 @@ def compressed(
 
 
 def rank_of(model: Tensors) -> int:
-    """Return the rank of the factors in a model."""
-    return next(t.shape[0] for n, t in model.items() if part_of(n) == "lora_A")
+    """Return the rank of the factors in a model; 0 if it has none, as with soft prompts."""
+    return next((t.shape[0] for n, t in model.items() if part_of(n) == "lora_A"), 0)
 
 
 def _trained(plan: Plan, state: Tensors) -> dict[str, Tensor]:

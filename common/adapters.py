@@ -9,7 +9,6 @@ not depend on PEFT's version:
   that change the base model send one.
 """
 
-import functools
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.backbones import PretrainedBackbone, load_backbone, load_base_model
+from common.backbones import Preprocessor, PretrainedBackbone, load_base_model
 from common.config import Adapter, Backbone
 from common.copra import block_of, group_by_block
 from common.errors import ConfigError
@@ -30,7 +29,7 @@ from common.lowrank import adapted_modules, factor_names, is_factor, kaiming_sta
 from common.residuals import is_residual, residual_name
 from common.seeds import torch_generator
 from common.stem import Stem
-from common.tasks import Kind, LabelledTask
+from common.tasks import LabelledTask
 from common.tensors import Tensors, check_update, head_prefix, part_of
 
 # PEFT has no defaults for vision models; these are its own for the others.
@@ -56,6 +55,16 @@ class AdaptedBackbone:
         self._task: LabelledTask | None = None
         self._check_rank(adapter.server_rank)
         self._stem = _stem_of(backbone.encoder, adapter, self._targets)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it computes."""
+        return self.backbone.device
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """Return how rows become what it takes."""
+        return self.backbone.preprocessor
 
     # --- shape of the state --------------------------------------------------------------------
 
@@ -227,14 +236,6 @@ class AdaptedBackbone:
             return output + functional.linear(inputs[0], residual.to(inputs[0].dtype))
 
         return add_residual
-
-
-@functools.lru_cache(maxsize=8)
-def load_adapted_backbone(
-    backbone: Backbone, kind: Kind, adapter: Adapter, device: str
-) -> AdaptedBackbone:
-    """Load a backbone and adapt it, once a process for each adapter configuration."""
-    return AdaptedBackbone(load_backbone(backbone, kind, device), adapter)
 
 
 def at_rank(state: Tensors, rank: int) -> dict[str, Tensor]:

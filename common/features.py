@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.backbones import Preprocessor
@@ -101,12 +102,8 @@ def _image_features(preprocessor: Preprocessor, split: Split) -> Features:
     processor = preprocessor.tool
     mode = "L" if preprocessor.channels == 1 else "RGB"
     pictures: list[Any] = list(split.inputs)
-    height, width = preprocessor.picture_size
     pixels = np.stack(
-        [
-            np.asarray(open_picture(p).convert(mode).resize((width, height), processor.resample))
-            for p in pictures
-        ]
+        [np.asarray(_framed(open_picture(p).convert(mode), preprocessor)) for p in pictures]
     )
     pixels = pixels[:, None] if mode == "L" else pixels.transpose(0, 3, 1, 2)
     mean, std = (
@@ -115,6 +112,23 @@ def _image_features(preprocessor: Preprocessor, split: Split) -> Features:
     )
     stored = torch.from_numpy(np.ascontiguousarray(pixels))
     return Features({"pixel_values": stored}, torch.from_numpy(split.labels), mean, std)
+
+
+def _framed(picture: Image.Image, preprocessor: Preprocessor) -> Image.Image:
+    """Return the picture at the model's size: stretched, or its centre where the processor says so.
+
+    A processor that names a `shortest_edge` keeps the proportions and crops, as CLIP's does.
+    """
+    height, width = preprocessor.picture_size
+    edge, resample = preprocessor.tool.size.get("shortest_edge"), preprocessor.tool.resample
+    if not edge:
+        return picture.resize((width, height), resample)
+    factor = edge / min(picture.size)
+    whole = [max(edge, round(side * factor)) for side in picture.size]
+    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
+    return picture.resize((whole[0], whole[1]), resample).crop(
+        (left, top, left + width, top + height)
+    )
 
 
 def shortest_first(features: Features) -> Features:

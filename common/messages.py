@@ -59,12 +59,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a client says of its training: rows it holds, mean loss of its steps, seconds."""
+    """What a client says of its training: rows it holds, mean loss of its steps, seconds.
+
+    Where it asked at every step which positions of its prompt matter: how often it `asked` about
+    each, and at how many of these shrinking helped (`chosen`).
+    """
 
     client: int
     num_examples: int
     loss: float
     seconds: float
+    asked: tuple[int, ...] = ()
+    chosen: tuple[int, ...] = ()
 
 
 def pack_instruction(plan: Plan, tensors: Tensors) -> RecordDict:
@@ -94,6 +100,8 @@ def pack_update(outcome: Outcome, tensors: Tensors) -> RecordDict:
             "seconds": outcome.seconds,
         }
     )
+    if outcome.asked:
+        config["asked"], config["chosen"] = list(outcome.asked), list(outcome.chosen)
     return RecordDict({_OUTCOME: config, _TENSORS: _pack(tensors)})
 
 
@@ -110,6 +118,8 @@ def unpack_update(content: RecordDict) -> tuple[Outcome, dict[str, torch.Tensor]
             num_examples=int(config["num-examples"]),  # type: ignore[arg-type]
             loss=float(config["loss"]),  # type: ignore[arg-type]
             seconds=float(config["seconds"]),  # type: ignore[arg-type]
+            asked=tuple(config.get("asked", ())),  # type: ignore[arg-type]
+            chosen=tuple(config.get("chosen", ())),  # type: ignore[arg-type]
         )
         tensors = _unpack(content.array_records[_TENSORS])
     except (KeyError, TypeError, ValueError) as error:
@@ -164,8 +174,9 @@ def remember(state: RecordDict, client: int, run: str, memory: Memory) -> None:
 def kind_of(name: str) -> str:
     """Return under which heading the bytes of a tensor are counted.
 
-    `A`, `B`, `head`, `residual` (changes of the base), `control` (control variates), `sketch`,
-    `candidate` and `score`, or `unknown` for what is going to be refused.
+    `A`, `B`, `head`, `prompt`, `residual` (changes of the base), `control` (control variates),
+    `sketch`, `probe` (which positions of prompts matter), `candidate` and `score`, or `unknown` for
+    what is going to be refused.
     """
     if is_change(name) or is_residual(name):
         return "residual"
@@ -176,6 +187,10 @@ _KINDS = {
     "lora_A": "A",
     "lora_B": "B",
     "head": "head",
+    "prompt": "prompt",
+    "weights": "probe",
+    "probed": "probe",
+    "local": "prompt",
     "control": "control",
     "candidate": "candidate",
     "score": "score",

@@ -12,7 +12,7 @@ from common.lowrank import adapted_modules, factor_names, is_factor
 from common.rules import LocalRules
 from common.sketches import projection_name, sketch_name
 from common.tails import kept_directions
-from common.tensors import Tensors, check_names, check_update, part_of
+from common.tensors import Tensors, check_names, check_update, is_prompt, part_of
 
 Shapes = Mapping[str, torch.Size]
 
@@ -33,6 +33,11 @@ def wanted_update(model: Tensors, trains: Sequence[str], rules: LocalRules) -> l
         }
     if rules.control_variates:
         shapes |= {f"control/{name}": shape for name, shape in shapes.items()}
+    if rules.probes:
+        # Hits and trials of every position.
+        shapes |= {
+            f"probed/{n}": torch.Size([2, t.shape[-2]]) for n, t in model.items() if is_prompt(n)
+        }
     return [shapes, _pruned(shapes, rules.tail_share)] if rules.tail_share < 1 else [shapes]
 
 

@@ -5,10 +5,10 @@ import functools
 import torch
 from torch import Tensor
 
-from common.adapters import AdaptedBackbone, load_adapted_backbone
 from common.backbones import load_preprocessor
 from common.config import Adapter, Backbone, Task
 from common.features import Features, extract_features, shortest_first
+from common.models import Model, load_model
 from common.tasks import LabelledTask, held_out, load_tasks
 
 
@@ -19,7 +19,7 @@ class TrainingRows:
     process have asked for.
     """
 
-    def __init__(self, features: Features, model: AdaptedBackbone) -> None:
+    def __init__(self, features: Features, model: Model) -> None:
         self._features, self._model = features, model
         self._past_stem: Features | None = None
         self._done = torch.zeros(len(features), dtype=torch.bool)
@@ -45,7 +45,7 @@ def load_training_rows(
 ) -> TrainingRows:
     """Return the training rows of one member of a task, once a process."""
     labelled = _member(task, member)
-    model = load_adapted_backbone(backbone, labelled.kind, adapter, device)
+    model = load_model(backbone, labelled.kind, adapter, device)
     return TrainingRows(_plain(task, member, backbone), model)
 
 
@@ -55,7 +55,7 @@ def load_held_out_rows(
 ) -> Features:
     """Return the rows that models are scored on, once a process."""
     labelled = _member(task, member)
-    model = load_adapted_backbone(backbone, labelled.kind, adapter, device)
+    model = load_model(backbone, labelled.kind, adapter, device)
     preprocessor = load_preprocessor(backbone, labelled.kind)
     split = held_out(labelled, task.evaluate_on)
     return model.past_stem(shortest_first(extract_features(preprocessor, split)))

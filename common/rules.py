@@ -17,6 +17,7 @@ class LocalRules:
         tail_share, tail_penalty: gamma and lambda of HetLoRA's penalty on the trailing directions
             from `floor(gamma r)` on; they are pruned where training made them smaller.
         sketch: q > 0 sends a sketch (out, q) of `s B A` instead of the factors (FedASK).
+        probes: whether the client says at which positions of its prompts shrinking helps.
         judge_rows: how many rows of its own a client scores candidates on, if it is asked to.
         steady: whether coordinates mean the same from round to round, so that what compression
             lost in one may be made up for in the next.
@@ -28,6 +29,7 @@ class LocalRules:
     tail_share: float = 1.0
     tail_penalty: float = 0.0
     sketch: int = 0
+    probes: bool = False
     judge_rows: int = 0
     steady: bool = True
 

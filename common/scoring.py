@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.adapters import AdaptedBackbone
 from common.features import Features
+from common.models import Model
 
 _BATCH = 256
 
 
-def losses_and_hits(
-    model: AdaptedBackbone, rows: Features, precision: str
-) -> tuple[Tensor, Tensor]:
+def losses_and_hits(model: Model, rows: Features, precision: str) -> tuple[Tensor, Tensor]:
     """Return the loss of every row and whether it is classified rightly, both (n,), on the CPU."""
     # One thread, as in training: the sums must not depend on the machine's cores.
     torch.set_num_threads(1)
     losses, hits = [], []
-    device = model.backbone.device
+    device = model.device
     model.module.eval()
     with torch.inference_mode(), _autocast(device.type, precision):
         for batch in rows.batches(_BATCH, device):

@@ -50,21 +50,43 @@ def deal_shards(task: Task, partition: Partition, seed: int) -> tuple[Shard, ...
     each = partition.clients // len(tasks)
     shards: list[Shard | None] = [None] * partition.clients
     for index, member in enumerate(tasks):
-        if len(member.train) < each:
+        available = partition.shots * len(member.labels) or len(member.train)
+        if available < each:
             raise DataError(
                 f"partition.clients = {partition.clients}: some client would hold an empty shard, "
-                f"since task {member.name} has {len(member.train)} training rows for {each} clients"
+                f"since task {member.name} has {available} training rows for {each} clients"
             )
-        dealt = _deal(member.train.labels, partition, each, child_seed(seed, "shards", index))
-        for turn, rows in enumerate(dealt):
+        kept = _few_shots(member, partition.shots, seed)
+        labels = member.train.labels[kept]
+        dealt = _deal(labels, partition, each, child_seed(seed, "shards", index))
+        for turn, positions in enumerate(dealt):
+            rows = kept[positions]
             client = turn * len(tasks) + index
             if not len(rows):
                 raise DataError(
-                    f"client {client} would hold an empty shard: {len(member.train)} training "
+                    f"client {client} would hold an empty shard: {available} training "
                     f"rows of task {member.name} among {each} clients; lower partition.clients"
                 )
             shards[client] = Shard(client, member, np.sort(rows))
     return tuple(shard for shard in shards if shard is not None)
+
+
+def _few_shots(task: LabelledTask, shots: int, seed: int) -> Rows:
+    """Return the positions (n,) of `shots` training rows of each class, drawn by the seed."""
+    labels = task.train.labels
+    if not shots:
+        return np.arange(len(labels))
+    chosen = []
+    for label, name in enumerate(task.labels):
+        rows = np.flatnonzero(labels == label)
+        if len(rows) < shots:
+            raise DataError(
+                f"partition.shots = {shots}: class {name!r} of task {task.name} has only "
+                f"{len(rows)} training rows"
+            )
+        stream = numpy_generator(seed, "shots", task.name, label)
+        chosen.append(stream.permutation(rows)[:shots])
+    return np.sort(np.concatenate(chosen))
 
 
 def _deal(labels: Rows, partition: Partition, clients: int, seed: int) -> list[Rows]:

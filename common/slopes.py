@@ -33,7 +33,7 @@ def slopes(model: AdaptedBackbone, rows: Features, directions: Directions) -> tu
         ConfigError: a head that moves is no linear layer.
     """
     torch.set_num_threads(1)
-    device = model.backbone.device
+    device = model.device
     for parameter in model.parameters().values():
         parameter.requires_grad_(True)
     moves = _moves(model, directions, device)

@@ -11,7 +11,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -64,11 +64,12 @@ class SourceRows:
     kind: Kind
     labels: tuple[str, ...]
     splits: Mapping[str, Split]
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class LabelledTask:
-    """A task ready for use; its four splits share no row."""
+    """A task ready for use; its four splits share no row. Prompts call labels by `class_names`."""
 
     name: str
     kind: Kind
@@ -77,6 +78,7 @@ class LabelledTask:
     validation: Split
     probe: Split
     test: Split
+    class_names: tuple[str, ...] = ()
 
 
 def load_tasks(config: Task) -> tuple[LabelledTask, ...]:
@@ -89,9 +91,19 @@ def load_tasks(config: Task) -> tuple[LabelledTask, ...]:
     return tuple(_load(source, config) for source in config.sources)
 
 
+def load_shifts(config: Task) -> tuple[LabelledTask, ...]:
+    """Load the tasks that a model is scored on though nothing of them is trained on; all rows.
+
+    Raises:
+        ConfigError, DataError: as `load_tasks`.
+    """
+    whole = config.model_copy(update={"limit": 0, "probe_examples": 0})
+    return tuple(_load(source, whole) for source in config.shifts)
+
+
 @functools.lru_cache(maxsize=16)
 def _load(source: TaskSource, config: Task) -> LabelledTask:
-    rows = _read(source)
+    rows = _chosen_classes(_read(source), source)
     name = source.label
     train, validation, test = _cut(name, rows, config)
     if config.limit:
@@ -99,8 +111,41 @@ def _load(source: TaskSource, config: Task) -> LabelledTask:
     probe_rows = _balanced(train.labels, config.probe_examples // len(config.sources), name)
     kept = np.setdiff1d(np.arange(len(train)), probe_rows)
     return LabelledTask(
-        name, rows.kind, rows.labels, train.select(kept), validation, train.select(probe_rows), test
+        name,
+        rows.kind,
+        rows.labels,
+        train.select(kept),
+        validation,
+        train.select(probe_rows),
+        test,
+        rows.class_names,
     )
+
+
+def _chosen_classes(rows: SourceRows, source: TaskSource) -> SourceRows:
+    """Keep the classes that the source wants, renumbered, and what prompts call them."""
+    if source.class_names and len(source.class_names) != len(rows.labels):
+        raise ConfigError(
+            f"task.class_names: {len(source.class_names)} names for the {len(rows.labels)} labels "
+            f"of {source.label} ({', '.join(rows.labels[:8])}{', ...' * (len(rows.labels) > 8)})"
+        )
+    names = source.class_names or rows.class_names or rows.labels
+    names = tuple(name.replace("_", " ") for name in names)
+    if source.classes == "all":
+        return replace(rows, class_names=names)
+    middle = (len(rows.labels) + 1) // 2
+    kept = {"base": slice(middle), "new": slice(middle, None)}[source.classes]
+    chosen = range(len(rows.labels))[kept]
+    if len(chosen) < 2:
+        raise ConfigError(
+            f"task.classes = {source.classes!r}: {source.label} would have {len(chosen)} classes; "
+            "at least two are needed"
+        )
+    splits = {}
+    for split, given in rows.splits.items():
+        inside = given.select(np.flatnonzero(np.isin(given.labels, chosen)))
+        splits[split] = Split(inside.inputs, inside.labels - chosen.start)
+    return SourceRows(rows.kind, rows.labels[kept], splits, names[kept])
 
 
 def _read(source: TaskSource) -> SourceRows:
@@ -182,7 +227,11 @@ def _digits() -> SourceRows:
         frame.paste(scan.resize((20, 20), Image.Resampling.BILINEAR), (4, 4))
         pictures.append(frame)
     labels = tuple(str(digit) for digit in range(10))
-    return SourceRows("image", labels, {"train": Split(pictures, digits.target.astype(np.int64))})
+    split = Split(pictures, digits.target.astype(np.int64))
+    return SourceRows("image", labels, {"train": split}, _DIGIT_NAMES)
+
+
+_DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def _installed_text(name: str) -> Callable[[], SourceRows]:

@@ -27,6 +27,14 @@ def part_of(name: str) -> str:
     return "head" if name.startswith("head.") else name.rpartition(".")[0].rpartition(".")[2]
 
 
+def is_prompt(name: str) -> bool:
+    """Say whether a tensor is a soft prompt: `prompt.*`, shared, or the context of task classes.
+
+    The last axis of a prompt is the vector; all others count positions.
+    """
+    return name.startswith("prompt.") or (part_of(name) == "head" and name.endswith(".context"))
+
+
 class RunningMean:
     """`Σ w_k x_k / Σ w_k`, name by name, over members that come one at a time.
 

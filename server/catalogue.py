@@ -236,7 +236,8 @@ def page_of_strategies() -> str:
         _markdown_table(
             headings, [(f"`{row[0]}`", row[1], *map(_code, row[2:4]), *row[4:]) for row in cells]
         ),
-        "**Serves**: what the served model is of the mean of the clients' models.",
+        "**Serves**: what the served model is of the mean of the clients' models; where adapters "
+        "may be of either kind, with LoRA.",
         _bullets(SERVED),
         "**Up, down**: numbers, not bytes, of one client in one round, from the second round on "
         "and when it takes part in every round. The common start is drawn by everyone and never "

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.adapters import AdaptedBackbone, load_adapted_backbone
+from common.adapters import AdaptedBackbone
 from common.config import Experiment
 from common.errors import ConfigError
 from common.features import Features, extract_features, shortest_first
 from common.lowrank import Directions
 from common.metrics import Scores, mean_scores
+from common.models import Model, load_model
 from common.scoring import losses_and_hits, own_scores
 from common.shards import Shard
 from common.slopes import slopes
-from common.tasks import LabelledTask, Split, held_out, load_tasks
+from common.tasks import LabelledTask, Split, held_out, load_shifts, load_tasks
 from common.tensors import Tensors
 from strategies.base import Probe, Served, for_task
 
@@ -43,12 +44,16 @@ class Evaluator:
         kinds = {task.kind for task in self.tasks}
         if len(kinds) > 1:
             raise ConfigError("task.members mix texts and images; one backbone serves one kind")
-        self.model: AdaptedBackbone = load_adapted_backbone(
+        self.model: Model = load_model(
             experiment.backbone, kinds.pop(), experiment.adapter, experiment.train.device
         )
         self._precision = experiment.train.precision
         self._held_out = [
             self._rows(task, held_out(task, experiment.task.evaluate_on)) for task in self.tasks
+        ]
+        self._shifted = [
+            self._rows(task, held_out(task, experiment.task.evaluate_on))
+            for task in load_shifts(experiment.task)
         ]
         self._probe_rows: dict[tuple[int, str], list[_Rows]] = {}
 
@@ -89,7 +94,16 @@ class Evaluator:
             mine.accuracy if mine else None,
             mine.loss if mine else None,
             by_task if len(self.tasks) > 1 else {},
+            {rows.task.name: self._on_shift(served, rows) for rows in self._shifted},
         )
+
+    def _on_shift(self, served: Sequence[Served], rows: _Rows) -> Scores:
+        """Score on a task of which nothing was trained on: the mean over the models."""
+        scored = []
+        for model in served:
+            losses, hits = self._losses(model, rows)
+            scored.append(Scores(float(hits.double().mean()), float(losses.double().mean())))
+        return mean_scores(scored)
 
     def probe(self, examples: int, rank: int) -> Probe | None:
         """Return the probe on `examples` rows, shared evenly by the tasks; None for 0."""
@@ -104,6 +118,8 @@ class Evaluator:
         def slopes_along(
             tensors: Tensors, directions: Directions, part: slice
         ) -> tuple[Tensor, Tensor]:
+            if not isinstance(self.model, AdaptedBackbone):
+                raise TypeError("slopes are along low-rank adapters; this model has none")
             found = []
             for rows in self._rows_to_probe(examples, part):
                 with self.model.in_use:
@@ -125,7 +141,7 @@ class Evaluator:
             return self._probe_rows[key]
 
     def _rows(self, task: LabelledTask, split: Split) -> _Rows:
-        features = extract_features(self.model.backbone.preprocessor, split)
+        features = extract_features(self.model.preprocessor, split)
         return _Rows(task, self.model.past_stem(shortest_first(features)))
 
     def _losses(self, model: Served, rows: _Rows) -> tuple[Tensor, Tensor]:

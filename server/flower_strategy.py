@@ -8,7 +8,7 @@ or refused is named in the record while the round goes on without it.
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -56,6 +56,7 @@ from strategies.base import (
     for_task,
     restarts_so_far,
 )
+from strategies.prompt_drift import prompt_drift
 
 OnRound = Callable[[Mapping[str, Any]], None]
 
@@ -238,12 +239,18 @@ class FedcopraStrategy(FlowerStrategyBase):
         if updates and self._strategy.follow_up:
             updates = self._follow_up(updates, clients)
         replied = time.perf_counter()
-        errors: dict[str, Any] = {"aggregation_error": None, "factor_covariance": None}
+        errors: dict[str, Any] = {
+            "aggregation_error": None,
+            "factor_covariance": None,
+            "prompts": None,
+        }
         diagnostics: dict[str, Any] = {"decision": "no update was accepted: the model stays"}
         if updates:
             merged = self._strategy.merge(self._state, updates, self._probe)
             self._state, diagnostics = merged.state, dict(merged.diagnostics)
             errors |= self._errors(updates)
+            drifts = prompt_drift(self._strategy.serve(self._state), updates)
+            errors["prompts"] = {name: asdict(drift) for name, drift in drifts.items()} or None
         if server_round == self._experiment.federation.rounds and self._sees_deltas():
             self._last_updates = tuple(updates[: self._experiment.federation.keep_updates])
         self._accepted += len(updates)
@@ -510,6 +517,7 @@ class FedcopraStrategy(FlowerStrategyBase):
             "num_examples": outcome.num_examples,
             "loss": outcome.loss if math.isfinite(outcome.loss) else None,
             "seconds": outcome.seconds,
+            **({"asked": outcome.asked, "chosen": outcome.chosen} if outcome.asked else {}),
         }, tensors
 
     def _note_weights(

@@ -31,7 +31,7 @@ def build_record(finished: Finished, label: str) -> dict[str, Any]:
     """Return the record of a run; `label` is what reports call its method, without the seed."""
     experiment, outcomes = finished.experiment, finished.outcomes
     method = STRATEGIES[experiment.strategy_name]
-    device = finished.evaluator.model.backbone.device
+    device = finished.evaluator.model.device
     return {
         "format": FORMAT,
         "label": label,
@@ -55,7 +55,7 @@ def build_record(finished: Finished, label: str) -> dict[str, Any]:
         ],
         "final": {
             key: outcomes.rounds[-1][key]
-            for key in ("accuracy", "loss", "own_accuracy", "own_loss", "tasks")
+            for key in ("accuracy", "loss", "own_accuracy", "own_loss", "tasks", "shifts")
             if key in outcomes.rounds[-1]
         },
     }

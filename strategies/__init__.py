@@ -15,7 +15,7 @@ from common.seeds import child_seed
 from strategies.base import Client, Options, Setting, Strategy
 from strategies.controls import ControlOptions, centralised, dense_oracle, local_only
 from strategies.copra_merge import CopraMergeOptions, copra_merge
-from strategies.cost import FACTORS, Cost, same
+from strategies.cost import ADAPTERS, FACTORS, PROMPTS, Cost, same
 from strategies.dare import DareOptions, dare
 from strategies.fedask import FedASKOptions, fedask
 from strategies.fedavg import FedAvgOptions, fedavg
@@ -28,8 +28,23 @@ from strategies.ffa_lora import FFALoRAOptions, ffa_lora
 from strategies.flexlora import FlexLoRAOptions, flexlora
 from strategies.flora import FLoRAOptions, flora
 from strategies.geometric_median import GeometricMedianOptions, geometric_median
+from strategies.global_local_prompts import GlobalLocalPromptsOptions, global_local_prompts
 from strategies.hetlora import HetLoRAOptions, hetlora
 from strategies.lora_fair import LoRAFAIROptions, lora_fair
+from strategies.prompt_rules import (
+    DirMagOptions,
+    MeanDirOptions,
+    NormProxOptions,
+    PromptFLOptions,
+    ShrinkOptions,
+    UpdateNormOptions,
+    dir_mag,
+    mean_dir,
+    norm_prox,
+    promptfl,
+    shrink,
+    update_norm,
+)
 from strategies.robust import (
     MedianOptions,
     MultiKrumOptions,
@@ -49,6 +64,7 @@ from strategies.server_optimisers import (
     fedavgm,
     fedyogi,
 )
+from strategies.shared_probe import with_shared_probe
 from strategies.task_arithmetic import TaskArithmeticOptions, task_arithmetic
 from strategies.ties import TiesOptions, ties
 
@@ -63,7 +79,8 @@ class Method:
         summary: what the server does, in a line.
         citation: the paper.
         served: what the served delta is of the mean of the clients' deltas: `exact`, `best rank r`,
-            `inexact`, or `personal` where there is no single one.
+            `inexact`, or `personal` where there is no single one. Methods for either kind of
+            adapter say what it is for LoRA.
         cost: what travels.
         weighting: what clients count by: their `examples`, `equal`, or the `norms` of their deltas.
         adapters: the kinds of adapter that the method has a meaning for.
@@ -95,15 +112,18 @@ class Method:
     control: bool = False
 
 
+EITHER = ("lora", "prompt")
+
 STRATEGIES: Mapping[str, Method] = {
     "fedavg": Method(
         fedavg,
         FedAvgOptions,
-        "averages the factors A and B apart",
+        "averages every tensor; of LoRA the factors A and B, apart",
         "arXiv 1602.05629, 2305.05644",
         "inexact",
-        FACTORS,
+        ADAPTERS,
         secure_aggregation=True,
+        adapters=EITHER,
     ),
     "ffa-lora": Method(
         ffa_lora,
@@ -234,9 +254,10 @@ STRATEGIES: Mapping[str, Method] = {
         "averages, then steps with momentum on the server",
         "arXiv 1909.06335",
         "inexact",
-        FACTORS,
+        ADAPTERS,
         secure_aggregation=True,
         server_state="momentum",
+        adapters=EITHER,
     ),
     "fedadagrad": Method(
         fedadagrad,
@@ -244,9 +265,10 @@ STRATEGIES: Mapping[str, Method] = {
         "averages, then takes an Adagrad step on the server",
         "arXiv 2003.00295",
         "inexact",
-        FACTORS,
+        ADAPTERS,
         secure_aggregation=True,
         server_state="moments",
+        adapters=EITHER,
     ),
     "fedadam": Method(
         fedadam,
@@ -254,9 +276,10 @@ STRATEGIES: Mapping[str, Method] = {
         "averages, then takes an Adam step on the server",
         "arXiv 2003.00295",
         "inexact",
-        FACTORS,
+        ADAPTERS,
         secure_aggregation=True,
         server_state="moments",
+        adapters=EITHER,
     ),
     "fedyogi": Method(
         fedyogi,
@@ -264,9 +287,10 @@ STRATEGIES: Mapping[str, Method] = {
         "averages, then takes a Yogi step on the server",
         "arXiv 2003.00295",
         "inexact",
-        FACTORS,
+        ADAPTERS,
         secure_aggregation=True,
         server_state="moments",
+        adapters=EITHER,
     ),
     "fedprox": Method(
         fedprox,
@@ -274,8 +298,9 @@ STRATEGIES: Mapping[str, Method] = {
         "averages; clients pay for leaving the model they were sent",
         "arXiv 1812.06127",
         "inexact",
-        FACTORS,
+        ADAPTERS,
         secure_aggregation=True,
+        adapters=EITHER,
     ),
     "scaffold": Method(
         scaffold,
@@ -283,11 +308,12 @@ STRATEGIES: Mapping[str, Method] = {
         "averages; control variates take client drift out of every local step",
         "arXiv 1910.06378",
         "inexact",
-        same("2*(A + B + H)"),
+        same("2*(A + B + P + H)"),
         secure_aggregation=True,
         optimiser="sgd",
         server_state="control variate",
         client_state="control variate",
+        adapters=EITHER,
     ),
     "rolora": Method(
         rolora,
@@ -349,6 +375,78 @@ STRATEGIES: Mapping[str, Method] = {
         unequal_ranks=True,
         secure_aggregation=True,
     ),
+    "promptfl": Method(
+        promptfl,
+        PromptFLOptions,
+        "averages soft prompts",
+        "arXiv 2208.11625",
+        "exact",
+        PROMPTS,
+        adapters=("prompt",),
+        secure_aggregation=True,
+        noise=True,
+    ),
+    "mean-dir": Method(
+        mean_dir,
+        MeanDirOptions,
+        "averages soft prompts, then gives back the norm that averaging takes",
+        "ours",
+        "inexact",
+        PROMPTS,
+        adapters=("prompt",),
+        secure_aggregation=True,
+    ),
+    "dir-mag": Method(
+        dir_mag,
+        DirMagOptions,
+        "averages norms and directions of soft prompts apart",
+        "ours",
+        "inexact",
+        PROMPTS,
+        adapters=("prompt",),
+        secure_aggregation=True,
+    ),
+    "shrink": Method(
+        shrink,
+        ShrinkOptions,
+        "averages soft prompts, then multiplies them by a factor below 1",
+        "ours, after arXiv 2302.10911",
+        "inexact",
+        PROMPTS,
+        adapters=("prompt",),
+        secure_aggregation=True,
+    ),
+    "update-norm": Method(
+        update_norm,
+        UpdateNormOptions,
+        "steps along the mean change of soft prompts, as far as clients went on average",
+        "ours, after arXiv 2008.04538",
+        "inexact",
+        PROMPTS,
+        adapters=("prompt",),
+        secure_aggregation=True,
+    ),
+    "norm-prox": Method(
+        norm_prox,
+        NormProxOptions,
+        "averages soft prompts, then lowers every norm by a threshold",
+        "ours, after arXiv 2408.13979",
+        "inexact",
+        PROMPTS,
+        adapters=("prompt",),
+        secure_aggregation=True,
+    ),
+    "global-local-prompts": Method(
+        global_local_prompts,
+        GlobalLocalPromptsOptions,
+        "averages a global prompt; a local one stays at the client; no optimal transport",
+        "after arXiv 2403.00041",
+        "personal",
+        PROMPTS,
+        adapters=("prompt",),
+        secure_aggregation=True,
+        client_state="local prompt",
+    ),
     "local-only": Method(
         local_only,
         ControlOptions,
@@ -356,9 +454,10 @@ STRATEGIES: Mapping[str, Method] = {
         "",
         "personal",
         # It stays a federation on the wire: each client's model is kept on the server.
-        Cost(("A + B + H",), ("A + B + H",)),
+        ADAPTERS,
         unequal_ranks=True,
         control=True,
+        adapters=EITHER,
     ),
     "centralised": Method(
         centralised,
@@ -366,9 +465,10 @@ STRATEGIES: Mapping[str, Method] = {
         "control: one model on the pooled data",
         "",
         "exact",
-        FACTORS,
+        ADAPTERS,
         by_task=False,
         control=True,
+        adapters=EITHER,
     ),
     "dense-oracle": Method(
         dense_oracle,
@@ -394,8 +494,11 @@ def resolve(experiment: Experiment) -> Strategy:
         raise ConfigError(f"strategy.name = {name!r}: unknown; choose from {', '.join(STRATEGIES)}")
     method = STRATEGIES[name]
     options = _options(experiment, name)
-    _refuse_impossible(experiment, name, method)
+    _refuse_impossible(experiment, name, method, options)
     strategy = method.build(options, setting_of(experiment))
+    nemesis = experiment.nemesis
+    if nemesis.kind in ("pan", "blend") and nemesis.probing == "round":
+        strategy = with_shared_probe(strategy, nemesis.strength)
     tasks = len(experiment.task.sources)
     if 0 < strategy.probe_examples < 2 * tasks:
         raise ConfigError(
@@ -458,13 +561,21 @@ def _checked(name: str, values: Any) -> Options:
         ) from None
 
 
-def _refuse_impossible(experiment: Experiment, name: str, method: Method) -> None:
+def _refuse_impossible(experiment: Experiment, name: str, method: Method, options: Options) -> None:
     kind = experiment.adapter.kind
     if kind not in method.adapters:
         raise ConfigError(
             f"adapter.kind = {kind!r}: strategy {name} has a meaning for "
-            f"{', '.join(method.adapters)} only; choose from "
+            f"{', '.join(method.adapters)} only; set that, or choose from "
             f"{_able(lambda other: kind in other.adapters)}"
+        )
+    # What a method is laid over is a row of the table too.
+    over = getattr(options, "over", name)
+    if kind not in STRATEGIES[over].adapters:
+        raise ConfigError(
+            f"strategy.{name}.over = {over!r}: it has a meaning for adapter.kind = "
+            f"{', '.join(STRATEGIES[over].adapters)} only, and here that is {kind!r}; "
+            f"choose {type(options).model_fields['over'].default!r}"
         )
     ranks = list(experiment.adapter.ranks)
     if len(set(ranks)) > 1 and not method.unequal_ranks:

@@ -149,11 +149,11 @@ def everyone(_: Tensors, updates: Sequence[Update]) -> list[int]:
     return [update.client.client for update in updates]
 
 
-EVERYTHING = ("lora_A", "lora_B", "head")
+EVERYTHING = ("lora_A", "lora_B", "head", "prompt")
 
 
 def trains_everything(_: Tensors) -> tuple[str, ...]:
-    """Train both factors and the head in every round."""
+    """Train both factors, soft prompts and the head in every round."""
     return EVERYTHING
 
 
@@ -218,6 +218,13 @@ def counted_by_examples(updates: Iterable[Update]) -> Iterator[tuple[int, Tensor
     for update in updates:
         yield update.num_examples, update.tensors
         del update
+
+
+def noting(updates: Iterable[Update], held: set[str]) -> Iterator[Update]:
+    """Pass the updates on, noting which tensors of the model they hold."""
+    for update in updates:
+        held.update(model_of(update.tensors))
+        yield update
 
 
 def mean_of_parts(updates: Iterable[Update], parts: Sequence[str]) -> dict[str, Tensor]:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 class Sizes:
     """The quantities that formulas are made of, each summed over all adapted modules.
 
+    What a model does not have, factors or soft prompts, counts 0.
+
     Attributes:
         A, B: numbers in the factors of the client.
-        H: numbers in its head.
+        H: numbers in its head, contexts of single classes included.
+        P: numbers in its shared soft prompts.
         D: numbers in the dense matrices.
         m, n: outputs and inputs.
         q: width of a sketch.
@@ -26,6 +29,7 @@ class Sizes:
     A: int
     B: int
     H: int
+    P: int
     D: int
     m: int
     n: int
@@ -37,7 +41,8 @@ class Sizes:
 NAMES: Mapping[str, str] = {
     "A": "numbers in a client's factor A",
     "B": "numbers in its factor B",
-    "H": "numbers in its head",
+    "H": "numbers in its head, contexts of single classes included",
+    "P": "numbers in its shared soft prompts",
     "D": "numbers in the dense matrices that are adapted",
     "m": "outputs of the adapted matrices",
     "n": "inputs of the adapted matrices",
@@ -76,3 +81,6 @@ def same(formula: str) -> Cost:
 
 
 FACTORS = same("A + B + H")
+PROMPTS = same("P + H")
+# Of methods for either kind of adapter: what the other kind is made of counts 0.
+ADAPTERS = same("A + B + P + H")

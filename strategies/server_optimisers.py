@@ -6,7 +6,7 @@ FedAdam, without bias correction). Sums run in float64; moments are kept in floa
 `server/m/` and `server/v/`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from common.tensors import Tensors, part_of
-from strategies.base import Merged, Probe, Setting, Strategy, Update, model_of
+from strategies.base import Merged, Probe, Setting, Strategy, Update, noting
 from strategies.over import OverOptions, underlying
 
 Moments = Mapping[str, Tensor]
@@ -42,7 +42,7 @@ def optimised(inner: Strategy, rule: Rule) -> Strategy:
 
     def merge(state: Tensors, updates: Iterable[Update], probe: Probe | None) -> Merged:
         held: set[str] = set()
-        merged = inner.merge(state, _noting(updates, held), probe)
+        merged = inner.merge(state, noting(updates, held), probe)
         trains = inner.trains(state)
         stepped = dict(merged.state)
         for name in sorted(name for name in held if part_of(name) in trains):
@@ -55,13 +55,6 @@ def optimised(inner: Strategy, rule: Rule) -> Strategy:
         return Merged(stepped, merged.diagnostics)
 
     return replace(inner, merge=merge)
-
-
-def _noting(updates: Iterable[Update], held: set[str]) -> Iterator[Update]:
-    """Pass the updates on, noting which tensors they hold."""
-    for update in updates:
-        held.update(model_of(update.tensors))
-        yield update
 
 
 def _moments(state: Tensors, name: str, rule: Rule) -> Moments:

@@ -80,12 +80,64 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP of 3 blocks a tower, text width 12, picture width 16, with a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
+
+    special = ["<start>", "<end>", "<pad>", "<unknown>"]
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    words = [*special, *digits, "a", "photo", "of", "the", "digit", "cat", "big", "dog", "."]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tower = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    config = CLIPConfig(
+        text_config={
+            **tower,
+            "hidden_size": 12,
+            "vocab_size": len(words),
+            "max_position_embeddings": 24,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+        },
+        vision_config={
+            **tower,
+            "hidden_size": 16,
+            "image_size": 28,
+            "patch_size": 14,
+            "num_channels": 1,
+        },
+        projection_dim=8,
+    )
+    folder = tmp_path_factory.mktemp("backbones") / "tiny-clip"
+    save_random(CLIPModel(config), folder)
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<start>",
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unknown>",
+    ).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"height": 28, "width": 28},
+        do_center_crop=False,
+        do_convert_rgb=False,
+        image_mean=[0.5],
+        image_std=[0.5],
+    ).save_pretrained(folder)
+    return folder
+
+
 def save_random(model: Any, folder: Path) -> None:
     """Save `model` with random weights of a spread at which so small a model is not flat."""
     stream = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
+        for name, parameter in model.named_parameters():
+            # Norms and biases stay as they are.
+            if parameter.ndim >= 2 or name.endswith("class_embedding"):
                 parameter.copy_(0.25 * torch.randn(parameter.shape, generator=stream))
     model.save_pretrained(folder)
 

@@ -143,6 +143,59 @@ def by_task_record(strategy: str = "fedavg", seed: int = 0) -> dict[str, Any]:
     return record
 
 
+def prompt_record(
+    strategy: str = "promptfl",
+    seed: int = 0,
+    *,
+    label: str | None = None,
+    norm: float = 0.5,
+    shrink: float = 0.98,
+    clients: int = CLIENTS,
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Return a record of soft prompts of four vectors, whose norms start near `norm` and grow."""
+    record = synthetic_record("fedavg", seed, label=label or strategy, rounds=rounds)
+    record["strategy"] |= {"name": strategy}
+    experiment = record["experiment"]
+    experiment["adapter"] = {
+        "kind": "prompt",
+        "prompt": {
+            "length": 4, "class_specific": False, "prompts": 1, "visual": 0, "visual_blocks": 1,
+        },
+    }  # fmt: skip
+    experiment["nemesis"] = {"kind": "none", "strength": 1.0, "schedule": "constant"}
+    experiment["strategy"] = {"name": strategy}
+    for number, entry in enumerate(record["rounds"], start=1):
+        entry |= {"aggregation_error": None, "factor_covariance": None}
+        del entry["modules"]
+        for counted in (entry["bytes"], *(client["bytes"] for client in entry["clients"])):
+            for way in ("up", "down"):
+                counted[way] = {
+                    "prompt": counted[way]["total"] - counted[way]["protocol"],
+                    "protocol": counted[way]["protocol"],
+                    "total": counted[way]["total"],
+                }
+        entry["prompts"] = {"prompt.text": _prompt_drift(norm, shrink, clients, number)}
+    return record
+
+
+def _prompt_drift(norm: float, shrink: float, clients: int, number: int) -> dict[str, Any]:
+    """Return what a round measured of one prompt of four vectors, the last the longest."""
+    served = [norm + 0.02 * number + 0.01 * position for position in range(4)]
+    rho = [length / shrink for length in served]
+    return {
+        "positions": [4],
+        "norm": served,
+        "client_norm": rho,
+        "least_client_norm": served,
+        "greatest_client_norm": rho,
+        "shrink": [shrink] * 4,
+        "resultant": [shrink] * 4,
+        "drift": [(1 - shrink**2) * length**2 for length in rho],
+        "clients": {str(k): {"distance": 0.1, "cosine": 0.9} for k in range(clients)},
+    }
+
+
 def synthetic_clients(seed: int) -> list[dict[str, Any]]:
     """Deal labels out by a Dirichlet draw, as the record describes it."""
     stream = np.random.default_rng([seed, 7])

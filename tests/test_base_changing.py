@@ -26,11 +26,12 @@ from toy_federation import (
 )
 
 from clients.app import app as client_app
-from common.adapters import AdaptedBackbone, load_adapted_backbone
+from common.adapters import AdaptedBackbone
 from common.config import Experiment
 from common.lowrank import Term, factor_names, kaiming_start
 from common.memory import Memory, under
 from common.messages import Plan, recall, unpack_instruction, unpack_scores, unpack_update
+from common.models import load_model
 from common.residuals import (
     base_version,
     caught_up,
@@ -424,7 +425,7 @@ def test_what_travels_is_what_the_table_of_costs_says(
     """From the second round on, for clients that take part in all; at rank 4 dense is smaller."""
     factor = MODULES_OF_VIT * 16 * rank
     sizes = Sizes(
-        A=factor, B=factor, H=170, D=8 * 256, m=8 * 16, n=8 * 16, q=0, S=3 * 2 * factor, K=3
+        A=factor, B=factor, H=170, P=0, D=8 * 256, m=8 * 16, n=8 * 16, q=0, S=3 * 2 * factor, K=3
     )
     experiment = digits_experiment(
         strategy__name=name,
@@ -466,7 +467,8 @@ def test_nothing_is_written_into_the_pretrained_weights(
     digits_experiment: Build, name: str
 ) -> None:
     experiment = digits_experiment(strategy__name=name, federation__rounds=3)
-    model = load_adapted_backbone(experiment.backbone, "image", experiment.adapter, "cpu")
+    model = load_model(experiment.backbone, "image", experiment.adapter, "cpu")
+    assert isinstance(model, AdaptedBackbone)
 
     def frozen() -> dict[str, Tensor]:
         # PEFT renames a layer that it wraps.

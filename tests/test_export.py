@@ -10,13 +10,15 @@ import torch
 from conftest import save_random
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from toy_federation import LORA_METHODS
 
-from common.adapters import load_adapted_backbone
+from common.adapters import AdaptedBackbone
 from common.backbones import load_preprocessor
 from common.config import Experiment, build_experiment
 from common.errors import ConfigError
 from common.features import extract_features
 from common.lowrank import SVD, Span, Term, adapted_modules, factor_names, kept_energy
+from common.models import load_model
 from common.residuals import is_residual, residual_name
 from common.tasks import load_tasks
 from common.tensors import Tensors
@@ -29,7 +31,7 @@ from strategies import STRATEGIES
 CPU = torch.device("cpu")
 Build = Callable[..., Experiment]
 WIDTH = 16
-PERSONAL = [name for name, method in STRATEGIES.items() if method.served == "personal"]
+PERSONAL = [name for name in LORA_METHODS if STRATEGIES[name].served == "personal"]
 RESIDUAL_METHODS = [n for n in ("dense-oracle", "flora", "fedex-lora") if n in STRATEGIES]
 
 
@@ -75,7 +77,8 @@ def served_logits(run: Path, changed: Tensors | None = None) -> Tensor:
     """Logits of the model of the run, by the code that scores it."""
     _, experiment, tensors = read_run(run)
     (task,) = load_tasks(experiment.task)
-    model = load_adapted_backbone(experiment.backbone, "image", experiment.adapter, "cpu")
+    model = load_model(experiment.backbone, "image", experiment.adapter, "cpu")
+    assert isinstance(model, AdaptedBackbone)
     model.load({**tensors, **(changed or {})}, experiment.adapter.server_rank, task)
     model.module.eval()
     with torch.no_grad():
@@ -203,7 +206,8 @@ def test_decoders_are_exported_whatever_the_layout_and_size_of_their_weights(
         {},
     )
     (task,) = load_tasks(experiment.task)
-    model = load_adapted_backbone(experiment.backbone, "text", experiment.adapter, "cpu")
+    model = load_model(experiment.backbone, "text", experiment.adapter, "cpu")
+    assert isinstance(model, AdaptedBackbone)
     stream = torch.Generator().manual_seed(2)
     start = model.initial((task,), seed=0)
     state = {n: t + 0.3 * torch.randn(t.shape, generator=stream) for n, t in start.items()}

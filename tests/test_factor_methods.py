@@ -128,7 +128,7 @@ def test_rolora_never_sends_the_count_of_its_rounds() -> None:
     assert not any("/" in name for name in strategy.send(state, client(0)))
 
 
-SIZES = Sizes(A=1000, B=100, H=10, D=10**6, m=30, n=20, q=4, S=5000, K=3)
+SIZES = Sizes(A=1000, B=100, H=10, P=0, D=10**6, m=30, n=20, q=4, S=5000, K=3)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 from torch.nn import functional
+from toy_federation import LORA_METHODS
 
 from clients.app import app as client_app
 from clients.training import LocalRun
-from common.adapters import at_rank, load_adapted_backbone
+from common.adapters import at_rank
 from common.config import Experiment
 from common.errors import ConfigError, FedcopraError
 from common.features import extract_features
@@ -33,6 +34,7 @@ from common.messages import (
     unpack_scores,
     unpack_update,
 )
+from common.models import load_model
 from common.rules import NO_RULES
 from common.shards import deal_shards
 from common.tensors import Tensors, digest, part_of, weighted_mean
@@ -118,7 +120,7 @@ def failing(clients: Sequence[int], rounds: Sequence[int] = (1, 2)) -> Clients:
 # --- the same numbers every time ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", LORA_METHODS)
 def test_a_run_repeats_to_the_bit(digits_experiment: Build, name: str) -> None:
     experiment = digits_experiment(strategy__name=name, copra__enabled=True, adapter__dropout=0.1)
     torch.manual_seed(1)
@@ -163,7 +165,7 @@ def test_copra_changes_the_outcome_but_not_the_start(digits_experiment: Build) -
 
 def test_all_strategies_start_from_the_same_model(digits_experiment: Build) -> None:
     expected = run(digits_experiment(federation__rounds=1)).start
-    for name in STRATEGIES:
+    for name in LORA_METHODS:
         start = run(digits_experiment(strategy__name=name, federation__rounds=1)).start
         assert start == expected, name
 
@@ -392,7 +394,7 @@ def test_a_client_that_never_answers_is_named_as_missing(digits_experiment: Buil
     assert outcomes.digest == run(experiment, failing([1])).digest
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", LORA_METHODS)
 def test_if_all_clients_fail_in_a_round_the_model_stays(
     digits_experiment: Build, name: str
 ) -> None:
@@ -437,7 +439,7 @@ def kind(name: str) -> str:
     return "head" if name.startswith("head.") else {"A": "A", "B": "B"}[name.split("lora_")[1][0]]
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", LORA_METHODS)
 def test_bytes_are_those_of_the_messages_by_kind(digits_experiment: Build, name: str) -> None:
     """Of every client, of the round, and in the record of both."""
     from flwr.common.serde import recorddict_to_proto
@@ -663,7 +665,7 @@ def text_tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]
     return [{"path": str(place / name)} for name in ("reviews-1.0", "genres-1.5")]
 
 
-@pytest.mark.parametrize("name", [name for name, m in STRATEGIES.items() if m.by_task])
+@pytest.mark.parametrize("name", [name for name in LORA_METHODS if STRATEGIES[name].by_task])
 def test_a_federation_of_several_tasks_trains_every_head(
     digits_experiment: Build, bert_folder: Path, text_tasks: list[dict[str, str]], name: str
 ) -> None:
@@ -813,7 +815,7 @@ def test_a_personalised_run_is_scored_by_its_clients_alone(digits_experiment: Bu
     assert row["own_loss"] == pytest.approx(sum(b for _, _, b in said) / 3)
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", LORA_METHODS)
 def test_how_often_a_run_is_scored_changes_neither_its_digest_nor_its_bytes(
     digits_experiment: Build, name: str
 ) -> None:
@@ -969,7 +971,7 @@ def test_runs_that_start_while_others_evaluate_do_not_disturb_them(
         return plain(config)
 
     monkeypatch.setattr(AutoModelForImageClassification, "from_config", slowly)
-    load_adapted_backbone.cache_clear()
+    load_model.cache_clear()
     experiment = digits_experiment()
     shards = deal_shards(experiment.task, experiment.partition, 0)
     evaluator = Evaluator(experiment)
@@ -990,7 +992,7 @@ def finished(experiment: Experiment, clients: Clients = client_app) -> Finished:
     return Finished(experiment, run(experiment, clients), Evaluator(experiment))
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", LORA_METHODS)
 def test_a_record_is_plain_json_and_can_be_read_again(
     digits_experiment: Build, tmp_path: Path, name: str
 ) -> None:

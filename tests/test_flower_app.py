@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,23 @@ def flattened(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def experiment_keys() -> set[str]:
-    """Every scalar key that an experiment file may have (`members` is a list of tables)."""
-    keys = set()
-    for table, field in Experiment.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= {f"{table}.{key}" for key in field.annotation.model_fields}
+    """Every key that an experiment file may have but lists of tables, which Flower cannot hold."""
+    keys = {key for key in dotted_keys(Experiment) if key != "strategy"}
     options = {
         f"strategy.{name}.{key}"
         for name, method in STRATEGIES.items()
         for key in method.options.model_fields
     }
-    return (keys | options | {"strategy.name"}) - {"task.members"}
+    return (keys | options | {"strategy.name"}) - {"task.members", "task.shifts"}
+
+
+def dotted_keys(table: type[BaseModel]) -> Iterator[str]:
+    for key, field in table.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from (f"{key}.{deeper}" for deeper in dotted_keys(inner))
+        else:
+            yield key
 
 
 def test_flower_s_config_lists_every_key_of_an_experiment() -> None:

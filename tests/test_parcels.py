@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ from flwr.app import Context, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_federation import LORA_METHODS
 
 from clients import app
 from clients.app import app as client_app
 from common.adapters import at_rank
 from common.compression import Format
-from common.config import Experiment
+from common.config import Experiment, build_experiment
 from common.errors import ConfigError
 from common.lowrank import Term, adapted_modules, factor_names
 from common.messages import unpack_instruction
@@ -315,7 +317,7 @@ def both_sides(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensors], list[Ten
     return started, believed
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", LORA_METHODS)
 def test_the_server_knows_to_the_bit_what_its_clients_start_from(
     digits_experiment: Build, both_sides: tuple[list[Tensors], list[Tensors]], name: str
 ) -> None:
@@ -452,7 +454,7 @@ def needs_memory(name: str) -> bool:
     return bool(STRATEGIES[name].client_state or STRATEGIES[name].cost.up[0].count("q"))
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if not needs_memory(name)])
+@pytest.mark.parametrize("name", [name for name in LORA_METHODS if not needs_memory(name)])
 def test_nodes_that_several_clients_share_give_the_same_digest(
     digits_experiment: Build, name: str
 ) -> None:
@@ -475,7 +477,7 @@ def test_shared_nodes_are_sent_everything_every_time(digits_experiment: Build) -
     assert once == [[0, 0], [0, each], [each, 0], [0, each]]
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if needs_memory(name)])
+@pytest.mark.parametrize("name", [name for name in LORA_METHODS if needs_memory(name)])
 def test_shared_nodes_refuse_methods_whose_clients_have_to_remember(
     digits_experiment: Build, name: str
 ) -> None:
@@ -509,6 +511,7 @@ def sizes(experiment: Experiment, cohort: Sequence[int], client: int) -> Sizes:
         A=numbers(own(client), "lora_A"),
         B=numbers(own(client), "lora_B"),
         H=numbers(own(client), "head"),
+        P=numbers(own(client), "prompt"),
         D=sum(m * n for m, n in zip(outputs, inputs, strict=True)),
         m=sum(outputs),
         n=sum(inputs),
@@ -537,7 +540,7 @@ def check_cost(experiment: Experiment) -> None:
 
 
 @pytest.mark.parametrize("rank", [2, 6], ids=lambda rank: f"rank{rank}")
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", LORA_METHODS)
 def test_a_method_costs_what_its_formula_says(
     digits_experiment: Build, name: str, rank: int
 ) -> None:
@@ -555,9 +558,32 @@ def test_a_method_costs_what_its_formula_says(
     )
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, method in STRATEGIES.items() if method.unequal_ranks]
-)
+@pytest.mark.parametrize("name", [n for n, m in STRATEGIES.items() if "prompt" in m.adapters])
+def test_a_method_for_soft_prompts_costs_what_its_formula_says(
+    clip_folder: Path, name: str
+) -> None:
+    """Of captions and of pictures; the prompts and nothing else."""
+    tables = {
+        "task": {"name": "digits", "limit": 120, "probe_examples": 0},
+        "partition": {"kind": "iid", "clients": 3},
+        "backbone": {"path": str(clip_folder)},
+        "adapter": {"kind": "prompt", "prompt": {"length": 4, "visual": 2}},
+        "train": {
+            "local_steps": 1,
+            "batch_size": 8,
+            "learning_rate": 0.1,
+            "optimiser": STRATEGIES[name].optimiser or "adamw",
+        },
+        "federation": {"rounds": 5, "workers": 0, "evaluate_every": 5},
+        "strategy": {"name": name},
+    }
+    experiment = build_experiment(tables)
+    found = sizes(experiment, [0, 1, 2], 0)
+    assert (found.A, found.B, found.H, found.P) == (0, 0, 0, 4 * 12 + 2 * 16)
+    check_cost(experiment)
+
+
+@pytest.mark.parametrize("name", [name for name in LORA_METHODS if STRATEGIES[name].unequal_ranks])
 def test_a_client_of_low_rank_pays_for_its_own(digits_experiment: Build, name: str) -> None:
     experiment = digits_experiment(
         strategy__name=name,

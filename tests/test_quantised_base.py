@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from clients.training import LocalRun, train_locally
-from common.adapters import AdaptedBackbone, load_adapted_backbone
+from common.adapters import AdaptedBackbone
 from common.backbones import load_backbone, load_base_model
 from common.config import Adapter, Backbone, Copra, Experiment, Train, build_experiment
 from common.errors import ConfigError
 from common.features import Features, extract_features
 from common.lowrank import adapted_modules, factor_names
+from common.models import load_model
 from common.residuals import residual_name
 from common.scoring import losses_and_hits
 from common.tasks import LabelledTask, Split
@@ -307,7 +308,8 @@ def test_a_federation_learns_and_leaves_every_byte_of_the_base(
     assert rounds[-1]["loss"] < finished.outcomes.start.loss
     assert base_bytes(finished.evaluator.model) == before
     # Server and clients share the model of this process: it is the one that was trained on.
-    shared = load_adapted_backbone(experiment.backbone, "text", experiment.adapter, "auto")
+    shared = load_model(experiment.backbone, "text", experiment.adapter, "auto")
+    assert isinstance(shared, AdaptedBackbone)
     assert shared is finished.evaluator.model
 
 

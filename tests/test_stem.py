@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from clients.training import LocalRun, train_locally
-from common.adapters import AdaptedBackbone, load_adapted_backbone
+from common.adapters import AdaptedBackbone
 from common.backbones import load_preprocessor
 from common.config import Adapter, Backbone, Copra, Experiment, Train
 from common.errors import ConfigError
 from common.features import Features
+from common.models import load_model
 from common.rows import TrainingRows, load_training_rows
 from common.tasks import LabelledTask, load_tasks
 from server.simulation import simulate
@@ -29,7 +30,8 @@ def text_features(folder: Path) -> Features:
 def loaded(folder: Path, task: LabelledTask, blocks: int) -> AdaptedBackbone:
     config = Backbone(path=str(folder), max_length=16)
     adapter = Adapter(rank=2, alpha=3, blocks=blocks)
-    model = load_adapted_backbone(config, task.kind, adapter, "cpu")
+    model = load_model(config, task.kind, adapter, "cpu")
+    assert isinstance(model, AdaptedBackbone)
     state = model.initial((task,), 0)
     stream = torch.Generator().manual_seed(5)
     moved = {n: t + 0.3 * torch.randn(t.shape, generator=stream) for n, t in state.items()}

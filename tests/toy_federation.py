@@ -1,7 +1,7 @@
 """A federation of toy tensors: no model, no data, so that strategies can be held to dense sums."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from common.memory import Memory, under
 from common.messages import Plan
 from common.residuals import residual_name
 from common.sketches import projections
-from common.tensors import Tensors, part_of
+from common.tensors import Tensors, is_prompt, part_of
 from strategies import STRATEGIES
 from strategies.base import Client, Probe, Served, Setting, Strategy, Update
 
 MODULES = {"enc.0.query": (12, 10), "enc.0.value": (10, 10), "enc.1.query": (9, 14)}
+PROMPTS = {"prompt.text": (5, 10), "prompt.image": (2, 3, 8)}
 HEAD = {"weight": (3, 10), "bias": (3,)}
 ALPHA = 6.0  # never equal to a rank, so that a forgotten scale shows
 ROWS = (30, 10, 50, 20)  # num_examples of clients 0 to 3, cycled
@@ -27,8 +28,8 @@ ROWS = (30, 10, 50, 20)  # num_examples of clients 0 to 3, cycled
 _UNADAPTIVE = {"beta1": 0.0, "tau": 1e6, "learning_rate": 2e6}
 
 # Options with which a method does what the contracts ask of a mean: a sparse merge keeps every
-# entry, nobody prunes a rank, and a server optimiser goes all the way to where the clients are, and
-# no further.
+# entry, nobody prunes a rank, a server optimiser goes all the way to where the clients are, and no
+# further, and prompts keep their norms.
 NEUTRAL: Mapping[str, Mapping[str, Any]] = {
     "ties": {"density": 1.0},
     "dare": {"density": 1.0},
@@ -37,7 +38,11 @@ NEUTRAL: Mapping[str, Mapping[str, Any]] = {
     "fedadagrad": _UNADAPTIVE,
     "fedadam": {**_UNADAPTIVE, "beta2": 1.0},
     "fedyogi": {**_UNADAPTIVE, "beta2": 1.0},
+    "shrink": {"factor": 1.0},
+    "norm-prox": {"threshold": 0.0},
 }
+
+LORA_METHODS = [name for name, method in STRATEGIES.items() if "lora" in method.adapters]
 
 RATE = 0.5  # the learning rates of a round, summed
 
@@ -99,10 +104,52 @@ def common_start(
         name_B, name_A = factor_names(module)
         state[name_A] = (2 * torch.rand(rank, n, generator=stream) - 1) * n**-0.5
         state[name_B] = torch.zeros(m, rank)
+    return state | _start_of_heads(tasks, stream)
+
+
+def prompt_start(tasks: Sequence[str] = ("toy",)) -> dict[str, Tensor]:
+    """Random soft prompts, whose vectors are about as long as clients drift, and heads."""
+    stream = torch.Generator().manual_seed(12)
+    state = {name: 0.3 * torch.randn(shape, generator=stream) for name, shape in PROMPTS.items()}
+    return state | _start_of_heads(tasks, stream)
+
+
+def _start_of_heads(tasks: Sequence[str], stream: torch.Generator) -> dict[str, Tensor]:
+    state = {}
     for task in tasks:
         for name, shape in HEAD.items():
             state[f"head.{task}.{name}"] = torch.randn(shape, generator=stream)
     return state
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A method, and the kind of adapter that its models have beside heads."""
+
+    name: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.kind}"
+
+    def build(self, rank: int = 4, **known: Any) -> Strategy:
+        return build(self.name, rank, **known)
+
+    def start(self, rank: int = 4, tasks: Sequence[str] = ("toy",)) -> dict[str, Tensor]:
+        return common_start(rank, tasks) if self.kind == "lora" else prompt_start(tasks)
+
+    def play(
+        self,
+        strategy: Strategy,
+        rounds: Sequence[Sequence[Client]],
+        state: Tensors | None = None,
+        **how: Any,
+    ) -> Tensors:
+        """Return the state after these rounds, from this kind's start unless another is given."""
+        if state is None:
+            rank = max(who.rank for clients in rounds for who in clients)
+            state = strategy.start(self.start(rank))
+        return play(strategy, rounds, state=state, **how)
 
 
 def idle(_: Client, sent: Tensors) -> Tensors:
@@ -231,9 +278,13 @@ def delta_of(tensors: Tensors, module: str, s: float) -> Tensor:
 
 
 def deltas(model: Served, scale: Scale = scale) -> dict[str, Tensor]:
-    """Return the effective delta of every module of a served model."""
-    modules = adapted_modules(model.tensors)
-    return {module: delta_of(model.tensors, module, scale(model.rank)) for module in modules}
+    """Return the effective delta of every module, and change of every prompt, of a served model."""
+    modules, start = adapted_modules(model.tensors), prompt_start()
+    return {module: delta_of(model.tensors, module, scale(model.rank)) for module in modules} | {
+        name: tensor.double() - start[name].double()
+        for name, tensor in model.tensors.items()
+        if is_prompt(name)
+    }
 
 
 def mean_deltas(updates: Sequence[Update]) -> dict[str, Tensor]:

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.adapters import AdaptedBackbone, load_adapted_backbone
 from common.config import Experiment
 from common.errors import ConfigError, DataError
 from common.features import Features, extract_features, shortest_first
 from common.lowrank import adapted_modules, factor_names
+from common.models import Model, load_model
 from common.residuals import residual_name
 from common.scoring import losses_and_hits
 from common.seeds import numpy_generator
 from common.tasks import LabelledTask, Split, load_tasks
-from common.tensors import Tensors, head_prefix
+from common.tensors import Tensors
 from server.record import read_run, read_updates
 from strategies.base import Served, Update, for_task
 
@@ -91,8 +91,8 @@ class Scored:
 class Scorer:
     """Scores models of one experiment on the same rows of a split.
 
-    `examples` rows, drawn once and shared evenly by the tasks; 0 for all. A model that holds the
-    heads of some tasks only is scored on those.
+    `examples` rows, drawn once and shared evenly by the tasks; 0 for all. A model that holds what
+    some tasks need and others do not, their heads, is scored on those.
 
     Raises:
         DataError: the split is empty.
@@ -101,7 +101,7 @@ class Scorer:
     def __init__(self, experiment: Experiment, split: str, examples: int = 0) -> None:
         tasks = load_tasks(experiment.task)
         self.split = split
-        self._model: AdaptedBackbone = load_adapted_backbone(
+        self._model: Model = load_model(
             experiment.backbone, tasks[0].kind, experiment.adapter, experiment.train.device
         )
         self._precision = experiment.train.precision
@@ -116,7 +116,7 @@ class Scorer:
         if 0 < examples < len(rows):
             stream = numpy_generator(0, "examples", task.name, self.split)
             rows = rows.select(np.sort(stream.permutation(len(rows))[:examples]))
-        features = extract_features(self._model.backbone.preprocessor, rows)
+        features = extract_features(self._model.preprocessor, rows)
         return self._model.past_stem(shortest_first(features))
 
     def __call__(self, model: Served, kept: Collection[str] | None = None) -> Scored:
@@ -126,7 +126,7 @@ class Scorer:
         with self._model.in_use:
             for task, rows in self._rows:
                 mine = for_task(tensors, task.name)
-                if any(name.startswith(head_prefix(task.name)) for name in mine):
+                if self._model.shapes(model.rank, task).keys() <= mine.keys():
                     self._model.load(mine, model.rank, task)
                     found = losses_and_hits(self._model, rows, self._precision)
                     losses.append(found[0])

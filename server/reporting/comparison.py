@@ -251,11 +251,6 @@ def _row(record: Record, limits: Sequence[float]) -> dict[str, Any]:
 
 
 def _summary(label: str, members: Sequence[Record]) -> dict[str, Any]:
-    tasks = list(members[0]["final"].get("tasks") or {})
-    per_task = {
-        task: interval_over_seeds([finite(m["final"]["tasks"][task]["accuracy"]) for m in members])
-        for task in tasks
-    }
     return {
         **_who(label, members),
         "accuracy": _interval(members, accuracy),
@@ -263,8 +258,19 @@ def _summary(label: str, members: Sequence[Record]) -> dict[str, Any]:
         "area": interval_over_seeds([area(member, "accuracy") for member in members]),
         **_costs(members),
         "aggregation_error": _interval(members, last_aggregation_error)["mean"],
-        **({"tasks": per_task} if per_task else {}),
+        **_per_part("tasks", members),
+        **_per_part("shifts", members),
     }
+
+
+def _per_part(kind: str, members: Sequence[Record]) -> dict[str, Any]:
+    """Return `{kind: {name: accuracy over seeds}}` of tasks or shifts, or nothing without any."""
+    names = list(members[0]["final"].get(kind) or {})
+    found = {
+        name: interval_over_seeds([finite(m["final"][kind][name]["accuracy"]) for m in members])
+        for name in names
+    }
+    return {kind: found} if found else {}
 
 
 def _own_summary(label: str, members: Sequence[Record]) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Models: a frozen backbone and what is trained beside it, whatever that is."""
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from common.adapters import AdaptedBackbone
+from common.backbones import Preprocessor, load_backbone
+from common.config import Adapter, Backbone
+from common.features import Batch, Features
+from common.prompted_clip import PromptedClip, load_clip
+from common.tasks import Kind, LabelledTask
+from common.tensors import Tensors
+
+
+class Model(Protocol):
+    """What training, evaluation and merging know of a model.
+
+    Its state is `{name: tensor}`, float32, and exactly what can be trained. One model serves all
+    clients that pass through a process, one at a time (`in_use`): `load` demands the complete state
+    and overwrites all of it.
+    """
+
+    in_use: threading.RLock
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it computes."""
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """Return how rows become what it takes."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Return the loaded torch module, for its training and evaluation modes."""
+
+    @property
+    def blocks(self) -> list[list[Any]]:
+        """Return the adapted layers, grouped by transformer block; none where there are none."""
+
+    @property
+    def has_stem(self) -> bool:
+        """Say whether rows can be taken past parts that nothing changes."""
+
+    def shapes(self, rank: int, task: LabelledTask) -> dict[str, torch.Size]:
+        """Return name and shape of every tensor that a model of `rank` and `task` can train."""
+
+    def initial(
+        self, tasks: tuple[LabelledTask, ...], seed: int, restart: int = 0
+    ) -> dict[str, Tensor]:
+        """Return the common start, drawn from `seed` alone; each `restart` has one of its own."""
+
+    def load(self, state: Tensors, rank: int, task: LabelledTask) -> None:
+        """Make `state` the model of `task`.
+
+        Raises:
+            UpdateRefusedError: a tensor is missing, unknown, of the wrong shape or not finite.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy, on the CPU, of every trainable tensor of the loaded model."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the live trainable parameters of the loaded model, in name order."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return (n, classes) logits of the loaded model."""
+
+    def past_stem(self, features: Features) -> Features:
+        """Return the rows past the stem, or as they are if there is none."""
+
+
+@functools.lru_cache(maxsize=8)
+def load_model(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
+    """Load a backbone with room for what is trained, once a process for each adapter setting.
+
+    Raises:
+        ConfigError: the backbone cannot be loaded, or takes no such adapter.
+    """
+    return _MODELS[adapter.kind](backbone, kind, adapter, device)
+
+
+def _with_lora(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
+    return AdaptedBackbone(load_backbone(backbone, kind, device), adapter)
+
+
+def _with_prompts(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
+    return PromptedClip(load_clip(backbone, kind, device), adapter.prompt)
+
+
+_MODELS: Mapping[str, Callable[[Backbone, Kind, Adapter, str], Model]] = {
+    "lora": _with_lora,
+    "prompt": _with_prompts,
+}

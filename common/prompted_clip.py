@@ -1,0 +1,398 @@
+"""Soft prompts of a frozen CLIP: captions with learned vectors, and pictures with some if wished.
+
+CoOp (arXiv 2109.01134) puts M learned vectors beside the words of each class name; the embedded
+caption is the classifier's weight for that class. VPT (arXiv 2203.12119) puts vectors among the
+patches of the picture. Both towers are composed from the model's own parts, so that without a
+prompt they give what `CLIPModel` gives.
+
+A model's state, float32:
+
+- `prompt.text` (M, d), or (N, M, d) for several prompts, shared by all tasks and classes;
+- `local.text`, the same again, where a method gives clients a prompt of their own;
+- `head.<task>.context` (C, M, d) or (C, N, M, d) in place of these, one context a class;
+- `prompt.image` (blocks, T, width).
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.backbones import Preprocessor, choose_device, load_preprocessor, named_in_errors
+from common.config import Backbone, Prompt
+from common.errors import ConfigError
+from common.features import Batch, Features
+from common.seeds import torch_generator
+from common.tasks import Kind, LabelledTask
+from common.tensors import Tensors, check_update, head_prefix
+
+SHARED, LOCAL, VISUAL = "prompt.text", "local.text", "prompt.image"
+_PICTURES_AT_ONCE = 64
+_CAPTIONS_AT_ONCE = 1024  # of a probe: bounds its memory where there are many classes
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A frozen CLIP with its tokenizer and image processor."""
+
+    preprocessor: Preprocessor
+    tokenizer: Any
+    towers: Any  # transformers' CLIPModel
+    device: torch.device
+
+
+def load_clip(config: Backbone, kind: Kind, device: str) -> Clip:
+    """Load a CLIP, frozen, on `device`.
+
+    Raises:
+        ConfigError: the backbone is no CLIP, cannot be loaded, or the task has no pictures.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.utils import logging as transformers_logging
+
+    if kind != "image":
+        raise ConfigError(f"adapter.kind = 'prompt' needs pictures; the task is of kind {kind!r}")
+    preprocessor = load_preprocessor(config, kind)
+    location, family = preprocessor.location, preprocessor.model_config.model_type
+    if family != "clip":
+        raise ConfigError(
+            f"backbone {location!r} is of the family {family!r}; adapter.kind = 'prompt' needs "
+            "'clip': a picture and a text tower, such as the shipped glyph-clip"
+        )
+    place = choose_device(device)
+    transformers_logging.disable_progress_bar()
+    with named_in_errors(location, kind):
+        towers = CLIPModel.from_pretrained(location, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    towers.requires_grad_(False)
+    return Clip(preprocessor, tokenizer, towers.to(place).eval(), place)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The captions of a task's classes, with room for M vectors in each.
+
+    Attributes:
+        words: (C, L, d), the words' embeddings; what stands in a slot means nothing.
+        slots: (C, M), where the vectors go.
+        ends: (C,), where the caption ends, and its embedding is read.
+    """
+
+    words: Tensor
+    slots: Tensor
+    ends: Tensor
+
+    def filled(self, context: Tensor) -> Tensor:
+        """Return (K, C, L, d), context (K, 1 or C, M, d) in its slots."""
+        copies, (classes, length, width) = context.shape[0], self.words.shape
+        room = self.slots[None, :, :, None].expand(copies, -1, -1, width)
+        words = self.words.expand(copies, classes, length, width)
+        return words.scatter(2, room, context.expand(copies, classes, -1, -1))
+
+
+def caption_ids(
+    tokenizer: Any, names: Sequence[str], prompt: Prompt
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the token ids of every class's caption, and the positions of its vectors.
+
+    A caption is begin, context, name, ending, end, or as `class_at` says.
+    """
+    slot = tokenizer.eos_token_id  # any id: its embedding is replaced
+    half = prompt.length // 2
+    before = {"end": prompt.length, "middle": half, "front": 0}[prompt.class_at]
+    ids, slots = [], []
+    for name in names:
+        words = tokenizer(name, add_special_tokens=False)["input_ids"]
+        last = tokenizer(prompt.ending, add_special_tokens=False)["input_ids"]
+        after = prompt.length - before
+        body = [*[slot] * before, *words, *[slot] * after, *last]
+        ids.append([tokenizer.bos_token_id, *body, tokenizer.eos_token_id])
+        behind = 1 + before + len(words)
+        slots.append([*range(1, 1 + before), *range(behind, behind + after)])
+    return ids, slots
+
+
+class PromptedClip:
+    """One frozen CLIP with soft prompts; see `common.models.Model`."""
+
+    def __init__(self, clip: Clip, prompt: Prompt) -> None:
+        self._clip, self._prompt = clip, prompt
+        self.in_use = threading.RLock()
+        self._check()
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._captions: dict[tuple[str, ...], Captions] = {}
+        self._task: LabelledTask | None = None
+        self._kept: tuple[list[int], Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it computes."""
+        return self._clip.device
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """Return how pictures become what it takes."""
+        return self._clip.preprocessor
+
+    @property
+    def module(self) -> nn.Module:
+        """Return both towers; they stay frozen."""
+        return self._clip.towers  # type: ignore[no-any-return]
+
+    @property
+    def blocks(self) -> list[list[Any]]:
+        """Return nothing: no block carries an adapter that could be switched off."""
+        return []
+
+    @property
+    def has_stem(self) -> bool:
+        """Say whether pictures can be embedded once: nothing that is trained stands before that."""
+        return not self._prompt.visual
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def shapes(self, rank: int, task: LabelledTask) -> dict[str, torch.Size]:
+        """Return name and shape of every tensor that can be trained; `rank` has no meaning here."""
+        prompt, width = self._prompt, self._clip.towers.config.text_config.hidden_size
+        several = (prompt.prompts,) if prompt.prompts > 1 else ()
+        context = (*several, prompt.length, width)
+        shapes = {}
+        if prompt.length and prompt.class_specific:
+            shapes[_own_context(task)] = torch.Size((len(task.labels), *context))
+        elif prompt.length:
+            shapes[SHARED] = torch.Size(context)
+        if prompt.visual:
+            size = self._clip.towers.config.vision_config.hidden_size
+            shapes[VISUAL] = torch.Size((prompt.visual_blocks, prompt.visual, size))
+        return shapes
+
+    def initial(
+        self, tasks: tuple[LabelledTask, ...], seed: int, restart: int = 0
+    ) -> dict[str, Tensor]:
+        """Return the common start: N(0, spread²), and the words of the prompt where it has some."""
+        state = {}
+        for task in tasks:
+            for name, shape in self.shapes(0, task).items():
+                stream = torch_generator(seed, name, restart)
+                state[name] = self._prompt.spread * torch.randn(shape, generator=stream)
+                if self._prompt.words and name != VISUAL:
+                    words = self._embedded_words().cpu()
+                    state[name][..., : len(words), :] = words
+        return state
+
+    def load(self, state: Tensors, rank: int, task: LabelledTask) -> None:
+        """Make `state` the prompts in use, with the class names of `task`.
+
+        Raises:
+            UpdateRefusedError: a tensor is missing, unknown, of the wrong shape or not finite.
+        """
+        shapes = self.shapes(rank, task)
+        if LOCAL in state and SHARED in shapes:
+            shapes[LOCAL] = shapes[SHARED]
+        check_update(state, shapes)
+        self._task, self._kept = task, None
+        self._parameters = {
+            name: nn.Parameter(state[name].to(self.device, torch.float32, copy=True))
+            for name in sorted(shapes)
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy, on the CPU, of every prompt."""
+        return {name: p.detach().cpu().clone() for name, p in self.parameters().items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the live prompts, in name order."""
+        self._loaded_task()
+        return dict(self._parameters)
+
+    # --- what it computes ----------------------------------------------------------------------
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return (n, C): cosine similarities times the model's temperature, in float32."""
+        captions = self._caption_embeddings()
+        return self._similarities(self._pictures(batch), captions).mean(dim=0)
+
+    def hits_of(self, batch: Batch, name: str, contexts: Tensor) -> Tensor:
+        """Return how many rows are classified right with each of K contexts in place of one.
+
+        (K,), without a gradient, for contexts (K, *shape of the context called `name`); all others
+        stay as they are.
+        """
+        hits = []
+        with torch.no_grad():
+            pictures = self._pictures(batch)
+            for some in torch.split(contexts, self._contexts_at_once()):
+                stacked = [self._stacked(self._contexts() | {name: context}) for context in some]
+                scores = self._similarities(pictures, self._embed_captions(torch.cat(stacked)))
+                of_each = scores.view(len(some), -1, *scores.shape[1:]).mean(dim=1)
+                hits.append((of_each.argmax(dim=-1) == batch.labels).sum(dim=1))
+        return torch.cat(hits)
+
+    def past_stem(self, features: Features) -> Features:
+        """Return the pictures' embeddings, (n, projection), of length 1, on the CPU."""
+        if not self.has_stem or features.past_stem:
+            return features
+        with self.in_use, torch.no_grad():
+            found = [
+                self._embed_pictures(batch.inputs["pixel_values"]).cpu()
+                for batch in features.batches(_PICTURES_AT_ONCE, self.device)
+            ]
+        return Features({"embeddings": torch.cat(found)}, features.labels, past_stem=True)
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _pictures(self, batch: Batch) -> Tensor:
+        if batch.past_stem:
+            return batch.inputs["embeddings"]
+        return self._embed_pictures(batch.inputs["pixel_values"])
+
+    def _similarities(self, pictures: Tensor, captions: Tensor) -> Tensor:
+        """Return (N, n, C) logits of captions (N, C, projection)."""
+        scale: Tensor = self._clip.towers.logit_scale.exp()
+        return scale * (pictures.float() @ captions.transpose(1, 2))
+
+    def _contexts(self) -> dict[str, Tensor]:
+        """Return the live prompts of captions, in name order."""
+        return {n: p for n, p in self._parameters.items() if n != VISUAL}
+
+    def _contexts_at_once(self) -> int:
+        return max(1, _CAPTIONS_AT_ONCE // len(self._loaded_task().labels))
+
+    def _caption_embeddings(self) -> Tensor:
+        """Return (N, C, projection); made once for all batches as long as nothing is trained."""
+        contexts = self._contexts()
+        if torch.is_grad_enabled():
+            return self._embed_captions(self._stacked(contexts))
+        versions = [context._version for context in contexts.values()]
+        if self._kept is None or self._kept[0] != versions:
+            self._kept = versions, self._embed_captions(self._stacked(contexts))
+        return self._kept[1]
+
+    def _stacked(self, contexts: Tensors) -> Tensor:
+        """Return the contexts as (N, 1 or C, M, d)."""
+        several = self._prompt.prompts > 1
+        forms = []
+        for context in contexts.values():
+            if self._prompt.class_specific:
+                forms.append(context.transpose(0, 1) if several else context[None])
+            else:
+                forms.append(context.reshape(-1, 1, *context.shape[-2:]))
+        if forms:
+            return torch.cat(forms)
+        width = self._clip.towers.config.text_config.hidden_size
+        return torch.zeros(1, 1, 0, width, device=self.device)
+
+    def _embed_captions(self, context: Tensor) -> Tensor:
+        """Return (N, C, projection), of length 1, for context (N, 1 or C, M, d)."""
+        captions, towers = self._captions_of(self._loaded_task()), self._clip.towers
+        filled = captions.filled(context).flatten(0, 1)
+        ends = captions.ends.repeat(len(context))
+        states = text_states(towers.text_model, filled)
+        read = states[torch.arange(len(ends), device=states.device), ends]
+        embedded = functional.normalize(towers.text_projection(read).float(), dim=-1)
+        return embedded.view(len(context), -1, embedded.shape[-1])
+
+    def _captions_of(self, task: LabelledTask) -> Captions:
+        names = task.class_names or task.labels
+        if names not in self._captions:
+            self._captions[names] = self._make_captions(names)
+        return self._captions[names]
+
+    def _make_captions(self, names: Sequence[str]) -> Captions:
+        ids, slots = caption_ids(self._clip.tokenizer, names, self._prompt)
+        longest, room = max(map(len, ids)), self._text_room()
+        if longest > room:
+            name = names[max(range(len(ids)), key=lambda at: len(ids[at]))]
+            raise ConfigError(
+                f"adapter.prompt.length = {self._prompt.length}: the caption of class {name!r} "
+                f"would have {longest} tokens; this model takes at most {room}"
+            )
+        filler = self._clip.tokenizer.pad_token_id or 0  # behind the end, where nobody looks
+        padded = [row + [filler] * (longest - len(row)) for row in ids]
+        # They are kept for training too, even where evaluation asks first.
+        with torch.inference_mode(False), torch.no_grad():
+            words = self._clip.towers.text_model.embeddings.token_embedding(
+                torch.tensor(padded, device=self.device)
+            )
+            return Captions(
+                words,
+                torch.tensor(slots, device=self.device, dtype=torch.int64).view(len(ids), -1),
+                torch.tensor([len(row) - 1 for row in ids], device=self.device),
+            )
+
+    def _embed_pictures(self, pixels: Tensor) -> Tensor:
+        """Return (n, projection), of length 1."""
+        towers = self._clip.towers
+        read = picture_state(towers.vision_model, pixels, self._parameters.get(VISUAL))
+        return functional.normalize(towers.visual_projection(read).float(), dim=-1)
+
+    def _embedded_words(self) -> Tensor:
+        """Return the embeddings (words, d) that the context starts as."""
+        ids = self._clip.tokenizer(self._prompt.words, add_special_tokens=False)["input_ids"]
+        if len(ids) > self._prompt.length:
+            raise ConfigError(
+                f"adapter.prompt.words = {self._prompt.words!r} are {len(ids)} tokens; "
+                f"adapter.prompt.length = {self._prompt.length} leaves too little room"
+            )
+        with torch.no_grad():
+            embedded: Tensor = self._clip.towers.text_model.embeddings.token_embedding(
+                torch.tensor(ids, device=self.device, dtype=torch.int64)
+            )
+        return embedded
+
+    def _text_room(self) -> int:
+        return int(self._clip.towers.config.text_config.max_position_embeddings)
+
+    def _check(self) -> None:
+        blocks = self._clip.towers.config.vision_config.num_hidden_layers
+        if self._prompt.visual and self._prompt.visual_blocks > blocks:
+            raise ConfigError(
+                f"adapter.prompt.visual_blocks = {self._prompt.visual_blocks}: the picture tower "
+                f"has {blocks} blocks; choose at most that many"
+            )
+
+    def _loaded_task(self) -> LabelledTask:
+        if self._task is None:
+            raise RuntimeError("no state has been loaded yet")
+        return self._task
+
+
+def _own_context(task: LabelledTask) -> str:
+    return head_prefix(task.name) + "context"
+
+
+def text_states(tower: Any, embedded: Tensor) -> Tensor:
+    """Return the last hidden states (n, L, d) of CLIP's text tower for embedded tokens (n, L, d).
+
+    `CLIPTextModel` takes token ids only; this is its forward from there on.
+    """
+    from transformers.masking_utils import create_causal_mask
+
+    hidden = tower.embeddings(inputs_embeds=embedded)
+    mask = create_causal_mask(
+        config=tower.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+    )
+    states = tower.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True)
+    normed: Tensor = tower.final_layer_norm(states.last_hidden_state)
+    return normed
+
+
+def picture_state(tower: Any, pixels: Tensor, prompts: Tensor | None) -> Tensor:
+    """Return what CLIP's picture tower reads off its class token, (n, width).
+
+    `prompts` (blocks, T, width) stand behind the class token from the first block on; each further
+    block of them replaces the block before (VPT-Deep).
+    """
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    for number, block in enumerate(tower.encoder.layers):
+        if prompts is not None and number < len(prompts):
+            replaced = prompts.shape[1] if number else 0
+            inserted = prompts[number].expand(len(hidden), -1, -1).to(hidden.dtype)
+            hidden = torch.cat([hidden[:, :1], inserted, hidden[:, 1 + replaced :]], dim=1)
+        hidden = block(hidden, None)
+    read: Tensor = tower.post_layernorm(hidden[:, 0])
+    return read
