@@ -33,6 +33,7 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.merge
 	$(BIN)/python -m bench.copra
+	$(BIN)/python -m bench.prompts
 	$(BIN)/python -m bench.simulation
 
 $(VENV)/bin/pip:

@@ -25,7 +25,7 @@ from common.config import Adapter, Backbone, Copra, Train, load_experiment
 from common.features import Features
 from common.lowrank import Term, adapted_modules
 from common.seeds import torch_generator
-from common.tasks import LabelledTask, Split
+from common.tasks import Kind, LabelledTask, Split
 from server.environment import prepare_environment
 
 STEPS = 40
@@ -45,8 +45,7 @@ def schedule_against_lora(repeats: int = 3) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         backbone = _random_encoder(Path(folder))
         model = AdaptedBackbone(backbone, Adapter(rank=8, alpha=ALPHA))
-        none = Split([], torch.zeros(0, dtype=torch.int64).numpy())
-        task = LabelledTask("random", "text", ("a", "b"), none, none, none, none)
+        task = empty_task("text", ("a", "b"))
         start = model.initial((task,), seed=0)
     rows = _random_texts(256, 24)
     run = LocalRun(1, 0, STEPS, STEPS, ("lora_A", "lora_B", "head"))
@@ -67,6 +66,12 @@ def schedule_against_lora(repeats: int = 3) -> dict[str, Any]:
         "highest": max(ratios),
         "seconds_a_step_of_lora": statistics.median(plain for _, plain in pairs) / STEPS,
     }
+
+
+def empty_task(kind: Kind, labels: tuple[str, ...]) -> LabelledTask:
+    """Return a task without rows, for its labels."""
+    none = Split([], torch.zeros(0, dtype=torch.int64).numpy())
+    return LabelledTask("random", kind, labels, none, none, none, none)
 
 
 def _random_encoder(folder: Path) -> PretrainedBackbone:

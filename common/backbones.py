@@ -248,12 +248,14 @@ def load_preprocessor(config: Backbone, kind: Kind) -> Preprocessor:
 
 @contextmanager
 def named_in_errors(location: str, kind: Kind) -> Iterator[None]:
+    """Tell of what transformers refuses to load in one line, and what to do about a hub's id."""
     try:
         yield
     except (OSError, ValueError) as error:
+        advice = "" if Path(location).is_dir() else "; for a local copy: --set backbone.path=FOLDER"
         raise ConfigError(
             f"backbone {location!r} cannot be loaded for a task of kind {kind!r}: "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).splitlines()[0].rstrip('.')}{advice}"
         ) from None
 
 

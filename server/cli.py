@@ -365,6 +365,65 @@ def prune(
     _rewrite_report(runs[0])
 
 
+@app.command("low-norm")
+def low_norm(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs of soft prompts that differ in the seed.")
+    ],
+    replace: Annotated[
+        str, typer.Option(help="Standard deviations of noise in a vector's place, with commas.")
+    ] = "0,0.001,0.02,0.1",
+    rescale: Annotated[
+        str, typer.Option(help="Factors below 1 on a vector.")
+    ] = "0.001,0.1,0.5,0.9",
+    raising: Annotated[
+        str, typer.Option("--raise", help="Factors above 1, a control.")
+    ] = "1.1,1.25,2",
+    rotate: Annotated[
+        str, typer.Option(help="Degrees that a vector is turned by, a control.")
+    ] = "60,90",
+    positions: Annotated[
+        str,
+        typer.Option(
+            help="Positions from 0, with commas; 0+3 corrupts these two together.",
+            show_default="each alone",
+        ),
+    ] = "",
+    examples: Annotated[int, typer.Option(help="Rows to score on; 0 for all.", min=0)] = 0,
+) -> None:
+    """Score trained prompts with some of their vectors corrupted: the Low-Norm Effect.
+
+    Each operation at each position, and the whole prompt rescaled. Several runs are seeds of one
+    analysis. Writes low_norm.json and report.html into the first run's folder, over older ones.
+
+    Example: fedcopra low-norm runs/clip-digits-promptfl-seed0 --positions 0,3,0+3
+    """
+    amounts = {"--replace": replace, "--rescale": rescale, "--raise": raising, "--rotate": rotate}
+    numbers = [_numbers(option, text) for option, text in amounts.items()]
+    groups = _groups("--positions", positions)
+    from server.analysis.low_norm import Amounts, measure_low_norm, plan_low_norm
+    from server.analysis.stored_run import open_run
+    from server.reporting.prompt_panels import count_rows, response_rows
+
+    chosen = Amounts(*numbers)
+    plan = plan_low_norm([open_run(run) for run in runs], chosen, groups)
+    with _counting(plan.models, "models") as advance:
+        found = measure_low_norm(plan, examples, advance)
+    write_json(runs[0] / "low_norm.json", found)
+    console.print(f"{found['label']}, seeds {found['seeds']}", soft_wrap=True)
+    for columns, rows in (count_rows(found), response_rows(found)):
+        table = Table(*columns, box=None)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(
+        "(cells whose accuracy rises, of those with this effect on norms; a count alone is no "
+        "evidence, raised and kept norms are the controls)",
+        soft_wrap=True,
+    )
+    _rewrite_report(runs[0])
+
+
 @app.command("list")
 def list_command(
     what: Annotated[str, typer.Argument(help="strategies, tasks or backbones.")],
@@ -408,6 +467,19 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         except ValueError:
             raise ConfigError(f"{option} {text}: {part!r} is no number") from None
     return tuple(found)
+
+
+def _groups(option: str, text: str) -> list[tuple[int, ...]]:
+    """Return the groups of whole numbers in an option's value: 0,1+3 is (0,) and (1, 3)."""
+    found = []
+    for part in text.split(",") if text else ():
+        try:
+            found.append(tuple(int(number) for number in part.split("+")))
+        except ValueError:
+            raise ConfigError(
+                f"{option} {text}: {part!r} is no position, nor several like 0+3"
+            ) from None
+    return found
 
 
 def _print_merge(numbers: Mapping[str, Any]) -> None:

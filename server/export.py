@@ -20,7 +20,7 @@ from common.lowrank import (
 from common.residuals import is_residual, residual_name
 from common.tasks import load_tasks
 from common.tensors import Tensors
-from server.folders import appearing_whole
+from server.folders import SERVED, appearing_whole
 from server.record import read_run
 from strategies import STRATEGIES
 from strategies.base import for_task
@@ -41,6 +41,11 @@ def export_run(run: Path, folder: Path, task: str = "", rank: int = 0) -> float 
     """
     _, experiment, tensors = read_run(run)
     name, adapter = experiment.strategy_name, experiment.adapter
+    if adapter.kind != "lora":
+        raise ConfigError(
+            f"{run}: adapter.kind = {adapter.kind!r}: PEFT has no format for a CLIP's prompts; "
+            f"{run / SERVED} holds them by name"
+        )
     if STRATEGIES[name].served == "personal":
         raise ConfigError(
             f"{run}: strategy {name} gives every client a model of its own, and a run's record "

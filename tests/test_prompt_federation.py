@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typer.testing import CliRunner
 
 from clients.prompt_norms import norm_penalty
 from clients.training import LocalRun, train_locally
@@ -29,7 +30,9 @@ from common.nemesis import vector_norms
 from common.prompted_clip import PromptedClip
 from common.shards import Shard, deal_shards
 from common.tasks import LabelledTask
-from server.record import build_record
+from server.cli import app
+from server.folders import appearing_whole
+from server.record import build_record, write_run
 from server.simulation import Finished, simulate
 
 Build = Callable[..., Experiment]
@@ -295,3 +298,17 @@ def test_probing_more_positions_than_there_are_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="5 positions are to be probed"):
         stepped(model, rows, task, Nemesis(kind="pan", probed=5))
+
+
+@pytest.mark.parametrize("command", ["connectivity", "shapley", "prune", "export"])
+def test_commands_for_adapters_refuse_prompts_in_one_line(
+    prompt_experiment: Build, tmp_path: Path, command: str
+) -> None:
+    finished = run(prompt_experiment(federation__rounds=1))
+    with appearing_whole(tmp_path / "run") as folder:
+        write_run(folder, build_record(finished, "promptfl"), finished.outcomes)
+    more = [str(tmp_path / "adapter")] if command == "export" else []
+    result = CliRunner().invoke(app, [command, str(tmp_path / "run"), *more])
+    assert isinstance(result.exception, ConfigError)
+    assert "adapter.kind = 'prompt'" in str(result.exception)
+    assert "\n" not in str(result.exception)

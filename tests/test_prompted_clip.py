@@ -284,7 +284,9 @@ def test_what_cannot_be_meant_is_refused(
     model.load(model.initial((task,), 0), 0, task)
     rows = Features({"embeddings": torch.zeros(1, 8)}, torch.zeros(1), past_stem=True)
     batch = all_rows(model, rows)
-    with pytest.raises(ConfigError, match=r"length = 22: the caption of class 'big dog' would .* 26"):
+    with pytest.raises(
+        ConfigError, match=r"length = 22: the caption of class 'big dog' would .* 26"
+    ):
         model.logits(batch)
     with pytest.raises(ConfigError, match=r"words = 'a photo of the' are 4 tokens"):
         prompted(clip_folder, length=2, words="a photo of the").initial((task,), 0)

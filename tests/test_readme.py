@@ -20,6 +20,7 @@ BRIEFLY = {
     "connectivity": "--examples 40 --points 3 --clients 3",
     "shapley": "--examples 40 --orders 4",
     "prune": "--examples 40",
+    "low-norm": "--examples 40 --replace 0 --rescale 0.5 --raise 2 --rotate 90",
 }
 
 
@@ -90,6 +91,7 @@ def test_every_fedcopra_command_of_the_readme(fresh_clone: Path) -> None:
         "connectivity",
         "shapley",
         "prune",
+        "low-norm",
         "merge",
     }
     for command in commands:

@@ -116,6 +116,8 @@ def plan_connectivity(
         raise ConfigError(f"--points {points}: choose an odd number from 3 on, so that 1/2 is one")
     if clients < 2:
         raise ConfigError(f"--clients {clients}: a line between clients needs 2 of them or more")
+    for stored in (run, other) if other else (run,):
+        stored.check_adapters()
     if not run.updates and other is None:
         raise ConfigError(_why_nothing_was_kept(run))
     adapter = run.experiment.adapter

@@ -290,6 +290,7 @@ def plan_pruning(runs: Sequence[StoredRun], sparsities: Sequence[float] = SPARSI
         if not 0 < share < 1:
             raise ConfigError(f"--sparsity {share:g}: choose shares of entries above 0 and below 1")
     for run in runs:
+        run.check_adapters()
         run.one_model()
     groups = grouped(runs)
     orders, notes = _orders(groups)

@@ -261,6 +261,7 @@ def plan_shapley(run: StoredRun, players: str, orders: int, seed: int) -> Plan:
             f"--orders {orders}: every order comes with its reverse, and an error needs two such "
             "pairs; choose an even number, 4 at least"
         )
+    run.check_adapters()
     parts = {part.name: part for part in PLAYERS[players](run.one_model().tensors)}
     for task in load_tasks(run.experiment.task):
         if not len(task.validation):

@@ -42,6 +42,18 @@ class StoredRun:
         """Return what reports call it: its method, with the seed."""
         return f"{self.record['label']}, seed {self.record['seed']}"
 
+    def check_adapters(self) -> None:
+        """Refuse a run without low-rank adapters.
+
+        Raises:
+            ConfigError: it has trained soft prompts.
+        """
+        if (kind := self.experiment.adapter.kind) != "lora":
+            raise ConfigError(
+                f"{self.folder}: adapter.kind = {kind!r}, and this looks at low-rank adapters; "
+                "choose a run with adapter.kind = 'lora' (of soft prompts: fedcopra low-norm)"
+            )
+
     def one_model(self) -> Served:
         """Return the served model.
 

@@ -7,6 +7,7 @@ from typing import Any
 from server.reporting.block_panels import pruning_panels, shapley_panels
 from server.reporting.connectivity_panels import connectivity_panels
 from server.reporting.figures import Panel
+from server.reporting.prompt_panels import low_norm_panels
 
 # What an analysis has written, as read from its file.
 Analysis = Mapping[str, Any]
@@ -16,6 +17,7 @@ ANALYSES: Mapping[str, Callable[[Analysis], Sequence[Panel]]] = {
     "connectivity": connectivity_panels,
     "shapley": shapley_panels,
     "pruning": pruning_panels,
+    "low_norm": low_norm_panels,
 }
 
 

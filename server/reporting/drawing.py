@@ -148,15 +148,25 @@ def marks(groups: Groups) -> dict[str, Mark]:
 
 
 def draw(
-    name: str, title: str, paint: Callable[..., None], *, height: float = 2.9, columns: int = 1
+    name: str,
+    title: str,
+    paint: Callable[..., None],
+    *,
+    height: float = 2.9,
+    columns: int = 1,
+    rows: Sequence[float] = (1.0,),
 ) -> Markup:
     """Let `paint` fill a figure of the common width, and return it as inline SVG.
 
-    `paint` gets as many axes as there are columns; they share what is on their vertical axes.
+    `paint` gets as many axes as there are columns, or `rows` of these relative heights. Those side
+    by side share what is on their vertical axes, those above each other the horizontal one.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
-        paint(*figure.subplots(1, columns, squeeze=False, sharey=True)[0])
+        axes = figure.subplots(
+            len(rows), columns, sharex="col", sharey="row", squeeze=False, height_ratios=rows
+        )
+        paint(*axes.flat)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)

@@ -94,15 +94,27 @@ class Panel:
 def panels(groups: Groups) -> list[Panel]:
     """Return the report's figures, in its order."""
     chosen = marks(groups)
-    single = single_models(groups)
+    single, low_rank = single_models(groups), with_lora(groups)
     return [
         *([accuracy_by_round(single, chosen), accuracy_by_bytes(single, chosen)] if single else []),
         *([own_accuracy_by_round(groups, chosen)] if personalised(groups) else []),
         examples_by_client(groups),
-        aggregation_error_by_round(groups, chosen),
-        aggregation_error_by_layer(groups),
+        *(
+            [aggregation_error_by_round(low_rank, chosen), aggregation_error_by_layer(low_rank)]
+            if low_rank
+            else []
+        ),
         seconds_by_part(groups),
     ]
+
+
+def with_lora(groups: Groups) -> dict[str, Sequence[Record]]:
+    """Return the labels whose clients train low-rank adapters, and not prompts."""
+    return {
+        label: members
+        for label, members in groups.items()
+        if members[0]["experiment"]["adapter"]["kind"] == "lora"
+    }
 
 
 # The figures.
@@ -119,7 +131,7 @@ def accuracy_by_round(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
         f"and after each round that was scored. {_spread_note(groups)}",
         conclusion=f"{standing(groups)} {climb(lines)}",
         drawing=_drawn_by_round("accuracy-by-round", metric, lines),
-        legend=_legend(groups, chosen),
+        legend=legend_of(groups, chosen),
     )
 
 
@@ -135,7 +147,7 @@ def own_accuracy_by_round(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
         f"is that model which every client has. {_spread_note(groups)}",
         conclusion=f"{own_standing(groups)} {climb(lines)}",
         drawing=_drawn_by_round("own-accuracy-by-round", f"own {metric}", lines),
-        legend=_legend(groups, chosen),
+        legend=legend_of(groups, chosen),
     )
 
 
@@ -199,7 +211,7 @@ def accuracy_by_bytes(groups: Groups, chosen: Mapping[str, Mark]) -> Panel:
         drawing=draw("accuracy-by-bytes", f"{metric.capitalize()} by bytes sent", paint)
         if drawable
         else "",
-        legend=_legend(methods, chosen) if drawable else (),
+        legend=legend_of(methods, chosen) if drawable else (),
         columns=("Method", *(f"by {amount_of_bytes(limit)}" for limit in limits), "in all"),
         numbers=[
             [
@@ -345,7 +357,7 @@ def aggregation_error_by_round(groups: Groups, chosen: Mapping[str, Mark]) -> Pa
         if lines
         else "No run here measured an aggregation error.",
         drawing=draw("aggregation-error", "Aggregation error by round", paint) if lines else "",
-        legend=_legend({label: groups[label] for label in lines}, chosen),
+        legend=legend_of({label: groups[label] for label in lines}, chosen),
     )
 
 
@@ -559,10 +571,10 @@ def _over_rounds(members: Sequence[Record], quantity: str) -> dict[int, list[flo
 
 
 def _curves(groups: Groups, chosen: Mapping[str, Mark], quantity: str) -> list[Line]:
-    return [_curve(label, rows, chosen[label], quantity) for label, rows in groups.items()]
+    return [score_line(label, rows, chosen[label], quantity) for label, rows in groups.items()]
 
 
-def _curve(label: str, members: Sequence[Record], mark: Mark, quantity: str) -> Line:
+def score_line(label: str, members: Sequence[Record], mark: Mark, quantity: str) -> Line:
     """Return the line through the rounds, from the start on, that were scored in every seed."""
     line = Line(label, mark)
     curves = [dict(curve(record, quantity)) for record in members]
@@ -575,7 +587,7 @@ def _curve(label: str, members: Sequence[Record], mark: Mark, quantity: str) -> 
 def _bytes_line(label: str, members: Sequence[Record], mark: Mark) -> Line | None:
     """Return accuracy over the mean of the bytes sent up to each round; None without any point."""
     sent = [sent_by(record) for record in members]
-    over_rounds = _curve(label, members, mark, "accuracy")
+    over_rounds = score_line(label, members, mark, "accuracy")
     if not over_rounds.x:
         return None
     over_rounds.x = [fmean(by_round[int(n)] for by_round in sent) for n in over_rounds.x]
@@ -607,7 +619,8 @@ def _client_ticks(axis: Any, clients: Sequence[Mapping[str, Any]], *, room: int)
     axis.set_ticklabels(names)
 
 
-def _legend(groups: Groups, chosen: Mapping[str, Mark]) -> list[Key]:
+def legend_of(groups: Groups, chosen: Mapping[str, Mark]) -> list[Key]:
+    """Return a legend of these labels, which says of controls that they are."""
     return [
         Key(
             f"{label} (control)" if members[0]["strategy"]["control"] else label,

@@ -31,11 +31,13 @@ from server.reporting.comparison import (
     copra_enabled,
 )
 from server.reporting.drawing import PALETTE
-from server.reporting.figures import Panel, panels
+from server.reporting.figures import Panel, panels, with_lora
 from server.reporting.findings import copra_effects, headline, own_standing, traffic
+from server.reporting.prompt_panels import prompt_panels
 from server.reporting.weights import weight_panels
 from server.reporting.wording import (
     amount_of_bytes,
+    count_of,
     duration,
     interval,
     percent,
@@ -200,7 +202,9 @@ def render(
         price_of_choosing=price_of_choosing(choices),
         several_seeds=any(len(members) > 1 for members in groups.values()),
         strategies=list({r["strategy"]["name"]: r["strategy"] for r in records}.values()),
-        panels=[*panels(groups), *weight_panels(groups), *analysed],
+        panels=[*panels(groups), *prompt_panels(groups), *weight_panels(groups), *analysed],
+        with_lora=bool(with_lora(groups)),
+        with_prompts=len(with_lora(groups)) < len(groups),
         copra_effects=copra_effects(comparison),
         copra_settings=sorted({"on" if copra_enabled(record) else "off" for record in records}),
         vetoes=vetoes(records),
@@ -215,7 +219,7 @@ def render(
 def _kinds(ledger: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return every kind of numbers that travelled: the usual ones first, then by name."""
     found = {kind for row in ledger for way in DIRECTIONS for kind in row[way]["kinds"]}
-    usual = [kind for kind in ("A", "B", "head") if kind in found]
+    usual = [kind for kind in ("A", "B", "head", "prompt") if kind in found]
     return [*usual, *sorted(found - set(usual))]
 
 
@@ -261,14 +265,45 @@ def _backbone(record: Record) -> str:
 
 def _adapter(record: Record) -> str:
     adapter = record["experiment"]["adapter"]
+    return f"{adapter['kind']}, {_SIZES[adapter['kind']](adapter)}"
+
+
+def _ranks(adapter: Mapping[str, Any]) -> str:
     ranks = adapter.get("ranks") or [adapter["rank"]]
     noun = "rank" if len(ranks) == 1 else "ranks"
-    return f"{adapter['kind']}, {noun} {spoken([str(rank) for rank in ranks])}"
+    return f"{noun} {spoken([str(rank) for rank in ranks])}"
+
+
+def _vectors(adapter: Mapping[str, Any]) -> str:
+    prompt = adapter["prompt"]
+    said = []
+    if prompt["length"]:
+        whose = " and class" if prompt["class_specific"] else ""
+        several = f" in each of {prompt['prompts']} prompts" if prompt["prompts"] > 1 else ""
+        said.append(f"{count_of(prompt['length'], 'vector')} a caption{whose}{several}")
+    if prompt["visual"]:
+        blocks = count_of(prompt["visual_blocks"], "block")
+        said.append(f"{prompt['visual']} a picture in {blocks}")
+    return spoken(said)
+
+
+_SIZES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"lora": _ranks, "prompt": _vectors}
 
 
 def _copra(record: Record) -> str:
+    if record["experiment"]["adapter"]["kind"] != "lora":
+        return ""
     copra = record["experiment"].get("copra", {})
     return f"on (from {copra['initial']}, ramp {copra['ramp']})" if copra_enabled(record) else "off"
+
+
+def _nemesis(record: Record) -> str:
+    if record["experiment"]["adapter"]["kind"] != "prompt":
+        return ""
+    nemesis = record["experiment"]["nemesis"]
+    if nemesis["kind"] == "none":
+        return "off"
+    return f"{nemesis['kind']} (strength {nemesis['strength']:g}, {nemesis['schedule']})"
 
 
 FACTS: Mapping[str, Fact] = {
@@ -281,13 +316,15 @@ FACTS: Mapping[str, Fact] = {
     "Rounds": lambda record: str(len(record["rounds"])),
     "Local training": _training,
     "CopRA": _copra,
+    "Nemesis": _nemesis,
     "Seeds": lambda record: str(record["seed"]),
 }
 
 
 def facts(records: Sequence[Record]) -> dict[str, list[str]]:
-    """Return what was run, fact by fact, with every value that occurs."""
-    return {name: list(dict.fromkeys(map(fact, records))) for name, fact in FACTS.items()}
+    """Return what was run, fact by fact, with every value that occurs; no fact without one."""
+    found = {name: list(dict.fromkeys(map(fact, records))) for name, fact in FACTS.items()}
+    return {name: list(filter(None, values)) for name, values in found.items() if any(values)}
 
 
 def cautions(groups: Groups) -> list[str]:
@@ -296,16 +333,19 @@ def cautions(groups: Groups) -> list[str]:
     said = []
     differing: dict[str, list[str]] = {}
     settings = [dict(_leaves(members[0]["experiment"])) for members in groups.values()]
+    on_purpose = {"strategy", "copra", "nemesis"}
     for key in dict.fromkeys(key for leaves in settings for key in leaves):
         values = list(dict.fromkeys(json.dumps(leaves.get(key)) for leaves in settings))
-        varied_on_purpose = key.split(".")[0] in {"strategy", "copra"} or key == "federation.seed"
+        varied_on_purpose = key.split(".")[0] in on_purpose or key == "federation.seed"
         if len(values) > 1 and not varied_on_purpose:
             differing[key] = values
     if first["task"].get("evaluated_on", "test") != "test":
         said.append("Scored on validation examples: fit to choose settings by, not to report.")
     if differing:
         listed = [f"{key} ({', '.join(values)})" for key, values in differing.items()]
-        said.append(f"Besides strategy and CopRA, the runs differ in {spoken(listed)}.")
+        prompts = len(with_lora(groups)) < len(groups)
+        beside = "Nemesis" if prompts else "CopRA"
+        said.append(f"Besides strategy and {beside}, the runs differ in {spoken(listed)}.")
     scored = first["task"].get("evaluated_on", "test")
     examples = (first["task"].get("sizes") or {}).get(scored)
     share = first["final"]["accuracy"]

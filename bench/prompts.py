@@ -1,0 +1,131 @@
+"""What soft prompts cost: `python -m bench.prompts`. Each claim is a ratio, measured in one run.
+
+On a CLIP of ViT-B/16's sizes with random weights, 10 classes, 16 shared vectors, batches of 32:
+
+- Features: CPU seconds of an epoch that embeds every picture again, over one that starts from
+  embeddings made before; and how far the two prompts that come out are apart.
+- Norms: CPU seconds of training with PUN, and with PAN probing one position at every step, over
+  those without either, in turn.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bench.copra import empty_task
+from clients.prompt_norms import norm_penalty
+from clients.training import LocalRun, train_locally
+from common.backbones import Preprocessor
+from common.config import Copra, Nemesis, Prompt, Train
+from common.features import Features
+from common.prompted_clip import Clip, PromptedClip
+from common.seeds import torch_generator
+from server.environment import prepare_environment
+
+BATCH, EPOCH = 32, 2  # rows, steps
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PLAIN = Nemesis()
+TRAIN = Train(batch_size=BATCH, optimiser="sgd", learning_rate=0.002)
+
+
+def main() -> None:
+    """Print one line of JSON a measurement."""
+    prepare_environment()
+    torch.set_num_threads(1)
+    model = PromptedClip(_random_clip(), Prompt(length=16))
+    print(json.dumps(features_once(model)), flush=True)
+    print(json.dumps(norm_terms(model)), flush=True)
+
+
+def features_once(model: PromptedClip) -> dict[str, Any]:
+    """Train an epoch from pictures and one from their embeddings; return the ratio of CPU time."""
+    pictures = _random_pictures(BATCH * EPOCH)
+    began = time.process_time()
+    embedded = model.past_stem(pictures)
+    embedding = time.process_time() - began
+    from_pictures, first = _epoch(model, pictures)
+    from_embeddings, second = _epoch(model, embedded)
+    return {
+        "features": "embedded once",
+        "ratio": from_pictures / from_embeddings,
+        "seconds_an_epoch": from_embeddings,
+        "seconds_to_embed_once": embedding,
+        "largest_difference": float((first - second).abs().max()),
+    }
+
+
+def norm_terms(model: PromptedClip, repeats: int = 5) -> dict[str, Any]:
+    """Train in turn without norms, with PUN and with PAN; return the ratios of CPU time."""
+    rows = Features(
+        {"embeddings": torch.randn(BATCH * EPOCH, 512, generator=torch_generator(0, "rows"))},
+        _labels(BATCH * EPOCH),
+        past_stem=True,
+    )
+    kinds = {"none": Nemesis(), "pun": Nemesis(kind="pun"), "pan": Nemesis(kind="pan")}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    _epoch(model, rows)
+    for _ in range(repeats):
+        for kind, nemesis in kinds.items():
+            taken[kind].append(_epoch(model, rows, nemesis)[0])
+    plain = taken["none"]
+    ratios = {
+        kind: statistics.median(a / b for a, b in zip(taken[kind], plain, strict=True))
+        for kind in ("pun", "pan")
+    }
+    return {"norms": "over a step without", **ratios, "seconds_a_step": min(plain) / EPOCH}
+
+
+def _epoch(
+    model: PromptedClip, rows: Features, nemesis: Nemesis = PLAIN
+) -> tuple[float, torch.Tensor]:
+    """Return CPU seconds of one epoch from the same start, and the prompt that comes out."""
+    task = replace(empty_task("image", NAMES), class_names=NAMES)
+    model.load(model.initial((task,), 0), 0, task)
+    run = LocalRun(1, 0, EPOCH, EPOCH, ("prompt",))
+    penalty = norm_penalty(model, run, nemesis)
+    began = time.process_time()
+    train_locally(model, rows, run, TRAIN, Copra(), penalty=penalty)
+    return time.process_time() - began, model.state()["prompt.text"]
+
+
+def _random_clip() -> Clip:
+    """Return a CLIP of the sizes that transformers has by default but for its patches of 16."""
+    from transformers import CLIPConfig, CLIPModel
+
+    config = CLIPConfig(vision_config={"patch_size": 16})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        towers = CLIPModel(config).eval().requires_grad_(False)
+    preprocessor = Preprocessor("image", "random", None, 0, config)
+    return Clip(preprocessor, _letters, towers, torch.device("cpu"))
+
+
+class _Letters:
+    """A tokenizer that knows letters: class names of a few tokens each, as CLIP's own have."""
+
+    bos_token_id, eos_token_id, pad_token_id = 49406, 49407, 49407
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text[:2]]}
+
+
+_letters = _Letters()
+
+
+def _random_pictures(count: int) -> Features:
+    stream = torch_generator(0, "pictures")
+    pixels = torch.randint(256, (count, 3, 224, 224), dtype=torch.uint8, generator=stream)
+    middle = torch.full((1, 3, 1, 1), 0.5)
+    return Features({"pixel_values": pixels}, _labels(count), middle, middle / 2)
+
+
+def _labels(count: int) -> torch.Tensor:
+    return torch.randint(len(NAMES), (count,), generator=torch_generator(0, "labels"))
+
+
+if __name__ == "__main__":
+    main()
