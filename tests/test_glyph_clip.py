@@ -30,6 +30,7 @@ from common.shipped.make_glyph_clip import (
     main,
     make_tokenizer,
     matching_loss,
+    merges_of,
     picture_pairs,
     read_picture_sets,
     scored_caption,
@@ -130,6 +131,19 @@ def test_words_of_training_are_single_tokens_and_come_back(tokenizer: Any) -> No
             words = re.findall(r"[a-z]+|[^a-z\s]", caption)
             assert tokenizer.convert_ids_to_tokens(ids[1:-1]) == [word + "</w>" for word in words]
             assert tokenizer.decode(ids, skip_special_tokens=True) == " ".join(words)
+
+
+def test_the_script_makes_the_shipped_vocabulary_again(tokenizer: Any) -> None:
+    made = make_tokenizer(caption for name in NAMES for caption in captions(name))
+    assert made.get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_most_frequent_pair_is_merged_first_and_of_equals_the_oldest() -> None:
+    found = merges_of({"low": 2, "lower": 1, "ace": 1})
+    assert found[:2] == [("l", "o"), ("lo", "w</w>")]
+    # Once each, letters before what was merged, and `lo` before `ac`.
+    rest = [("a", "c"), ("e", "r</w>"), ("w", "er</w>"), ("lo", "wer</w>"), ("ac", "e</w>")]
+    assert found[2:] == rest
 
 
 @pytest.mark.parametrize("text", ["aardvark", "ankle boot", "jumping fox 42", "zürich", "漢字"])

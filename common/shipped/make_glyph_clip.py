@@ -12,7 +12,6 @@ The same recipe makes a small CLIP of labelled pictures, for experiments:
 
 import argparse
 import itertools
-import json
 import math
 import platform
 import shlex
@@ -20,6 +19,7 @@ import string
 import textwrap
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, trainers
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
@@ -234,6 +233,32 @@ def picture_pairs(sets: Sequence[PictureSet], held_out: Sequence[str]) -> Pairs:
 # --- the model -----------------------------------------------------------------------------------
 
 
+def merges_of(words: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the byte-pair merges that make each word, given with its count, one token.
+
+    The most frequent pair is merged first; of equal ones, that of the oldest tokens. (The library
+    `tokenizers` does the same, but numbers letters that end a word in another order every time.)
+    """
+    spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    pieces = {piece for spelling in spelled.values() for piece in spelling}
+    age = {piece: place for place, piece in enumerate(sorted(pieces, key=lambda p: (len(p), p)))}
+    merges: list[tuple[str, str]] = []
+    while True:
+        counts: Counter[tuple[str, str]] = Counter()
+        for word, spelling in spelled.items():
+            for pair in itertools.pairwise(spelling):
+                counts[pair] += words[word]
+        if not counts:
+            return merges
+        first, second = min(counts, key=lambda pair: (-counts[pair], age[pair[0]], age[pair[1]]))
+        merges.append((first, second))
+        age.setdefault(first + second, len(age))
+        for spelling in spelled.values():
+            for at in range(len(spelling) - 1):
+                if spelling[at : at + 2] == [first, second]:
+                    spelling[at : at + 2] = [first + second]
+
+
 def make_tokenizer(texts: Iterable[str]) -> Any:
     """Return a CLIPTokenizer whose tokens are the words of `texts`, and every byte for the others.
 
@@ -241,14 +266,12 @@ def make_tokenizer(texts: Iterable[str]) -> Any:
     end; the latter pads as well.
     """
     stock = CLIPTokenizer().backend_tokenizer
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer, bpe.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
-    # Merged until nothing is left to merge, so that each word is one token.
-    trainer = trainers.BpeTrainer(
-        vocab_size=2**16, show_progress=False, end_of_word_suffix="</w>", special_tokens=[]
+    words = Counter(
+        word
+        for text in sorted(set(texts))
+        for word, _ in stock.pre_tokenizer.pre_tokenize_str(stock.normalizer.normalize_str(text))
     )
-    bpe.train_from_iterator(sorted(set(texts)), trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = merges_of(words)
     alphabet = sorted(bytes_to_unicode().values())
     pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges)]
     tokens = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
