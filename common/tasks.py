@@ -268,6 +268,7 @@ SHIPPED_TASKS: Mapping[str, ShippedTask] = {
 # --- local folders and zips --------------------------------------------------------------------
 
 _SPLITS = ("train", "validation", "test")
+_CLASS_NAMES = "classes.json"
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _EXPECTED = (
     "expected train.jsonl, train.csv or train.parquet (text), or train/<class>/<picture>, "
@@ -369,14 +370,17 @@ def _text_rows(
 
 
 def _label_names(file: Path) -> tuple[str, ...] | None:
-    if not file.is_file():
-        return None
+    return _names_in(str(file), file.read_bytes()) if file.is_file() else None
+
+
+def _names_in(place: str, content: bytes) -> tuple[str, ...]:
+    """Return the names that a JSON file lists."""
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))
+        names = json.loads(content.decode("utf-8"))
     except ValueError as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+        raise DataError(f"{place} cannot be read: {error}") from None
     if not isinstance(names, list) or not names or len(set(map(str, names))) != len(names):
-        raise DataError(f"{file} must be a list of different names")
+        raise DataError(f"{place} must be a list of different names")
     return tuple(map(str, names))
 
 
@@ -450,8 +454,22 @@ def _zipped_pictures(path: Path) -> _Pictures:
     return found
 
 
+def _names_of_pictured(path: Path) -> tuple[str, ...]:
+    """Return what `classes.json` calls the classes, in the order of their folders; or nothing."""
+    if not zipfile.is_zipfile(path):
+        return _label_names(path / _CLASS_NAMES) or ()
+    with zipfile.ZipFile(path) as archive:
+        found = [name for name in archive.namelist() if Path(name).name == _CLASS_NAMES]
+        return _names_in(f"{path}: {found[0]}", archive.read(found[0])) if found else ()
+
+
 def _image_rows(path: Path, pictures: _Pictures) -> SourceRows:
     labels = tuple(sorted({label for label, _ in pictures["train"]}))
+    names = _names_of_pictured(path)
+    if names and len(names) != len(labels):
+        raise DataError(
+            f"{path}: {_CLASS_NAMES} has {len(names)} names, and there are {len(labels)} classes"
+        )
     splits = {
         split: Split(
             [picture for _, picture in rows],
@@ -459,7 +477,7 @@ def _image_rows(path: Path, pictures: _Pictures) -> SourceRows:
         )
         for split, rows in pictures.items()
     }
-    return SourceRows("image", labels, splits)
+    return SourceRows("image", labels, splits, names)
 
 
 def open_picture(picture: ImageInput) -> Image.Image:

@@ -369,6 +369,53 @@ def test_folder_and_zip_give_the_same_splits(tmp_path: Path) -> None:
         assert pixels(getattr(folder, name)) == pixels(getattr(zipped, name))
 
 
+@pytest.mark.parametrize("how", ["folder", "zip"])
+def test_classes_json_says_what_prompts_call_the_classes(tmp_path: Path, how: str) -> None:
+    names = json.dumps(["house_cat", "wolf"])
+    if how == "folder":
+        place = picture_folder(tmp_path / "animals")
+        (place / "classes.json").write_text(names)
+    else:
+        place = picture_zip(tmp_path / "animals.zip", "animals/")
+        with zipfile.ZipFile(place, "a") as archive:
+            archive.writestr("animals/classes.json", names)
+    task = load(place)
+    assert task.labels == ("cat", "dog")
+    assert task.class_names == ("house cat", "wolf")
+    assert load(place, class_names=("a", "b")).class_names == ("a", "b")
+    with pytest.raises(ConfigError, match=r"class_names: 3 names for the 2 labels .*cat, dog"):
+        load(place, class_names=("a", "b", "c"))
+
+
+def test_too_many_names_of_classes_are_refused(tmp_path: Path) -> None:
+    place = picture_folder(tmp_path / "animals")
+    (place / "classes.json").write_text(json.dumps(["a", "b", "c"]))
+    with pytest.raises(DataError, match=r"classes.json has 3 names, and there are 2 classes"):
+        load(place)
+
+
+def test_base_and_new_classes_share_all_rows_and_no_class() -> None:
+    def of(classes: Any) -> LabelledTask:
+        [task] = load_tasks(Task(name="digits", classes=classes, probe_examples=0))
+        return task
+
+    base, new, whole = of("base"), of("new"), of("all")
+    assert base.labels + new.labels == whole.labels
+    assert base.class_names == ("zero", "one", "two", "three", "four")
+    assert (base.name, new.name) == ("digits-base", "digits-new")
+    for split in (base.train, base.test, new.train, new.test):
+        assert set(split.labels.tolist()) == set(range(5))
+    parts = ("train", "validation", "test")
+    total = sum(len(getattr(task, part)) for task in (base, new) for part in parts)
+    assert total == sum(len(getattr(whole, part)) for part in parts)
+
+
+def test_one_class_alone_is_refused(tmp_path: Path) -> None:
+    place = picture_folder(tmp_path / "animals")
+    with pytest.raises(ConfigError, match=r"classes = 'new': animals-new would have 1 classes"):
+        load(place, classes="new")
+
+
 def test_what_a_mac_puts_into_a_zip_is_no_picture(tmp_path: Path) -> None:
     file = picture_zip(tmp_path / "animals.zip", "animals/")
     with zipfile.ZipFile(file, "a") as archive:
