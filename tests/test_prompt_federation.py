@@ -1,5 +1,7 @@
 """Whole runs with soft prompts on a tiny CLIP."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,9 @@ from server.record import build_record, write_run
 from server.simulation import Finished, simulate
 
 Build = Callable[..., Experiment]
+
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +317,44 @@ def test_commands_for_adapters_refuse_prompts_in_one_line(
     assert isinstance(result.exception, ConfigError)
     assert "adapter.kind = 'prompt'" in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+@pytest.mark.slow
+def test_a_round_of_a_clip_of_real_size_fits_in_six_gigabytes(tmp_path: Path) -> None:
+    """ViT-B/16's configuration with random weights, from a folder, in a process of its own."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    folder = tmp_path / "clip-vit-b-16"
+    CLIPModel(CLIPConfig(vision_config={"patch_size": 16})).save_pretrained(folder)
+    CLIPImageProcessorPil().save_pretrained(folder)
+    # Of 828 words in place of 49,408: what a caption is made of does not change its cost.
+    AutoTokenizer.from_pretrained(ROOT / "common/shipped/glyph-clip").save_pretrained(folder)
+    settings = {
+        "backbone.path": str(folder),
+        "task.limit": 40,
+        "task.test_fraction": 0.02,
+        "task.validation_fraction": 0,
+        "partition.clients": 2,
+        "partition.shots": 2,
+        "federation.rounds": 1,
+        "federation.workers": 0,
+        "train.local_steps": 2,
+    }
+    chosen = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    program = (
+        "import resource, sys; from server.cli import app; "
+        "app(sys.argv[1:], standalone_mode=False); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = ["simulate", "experiments/clip-local.toml", *chosen, "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kibibytes = int(done.stdout.strip().splitlines()[-1])
+    print(f"peak memory {kibibytes / 2**20:.2f} GiB")
+    assert kibibytes < 6e9 / 1024
