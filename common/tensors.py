@@ -50,19 +50,20 @@ class RunningMean:
 
     def add(self, weight: float, member: Tensors) -> None:
         """Count one member in."""
+        sums, weights = self._sums, self._weights
         for name, tensor in member.items():
-            if name in self._sums:
-                self._sums[name].add_(tensor, alpha=weight)
-                self._weights[name] += weight
+            if name in sums:
+                sums[name].add_(tensor, alpha=weight)
+                weights[name] += weight
             else:
-                self._sums[name] = tensor.to(torch.float64, copy=True).mul_(weight)
-                self._weights[name] = weight
+                sums[name] = tensor.to(torch.float64, copy=True).mul_(weight)
+                weights[name] = weight
                 self._dtypes[name] = tensor.dtype
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean of every name, sorted by name; the sums are spent on the way."""
         return {
-            name: (self._sums.pop(name) / self._weights[name]).to(self._dtypes[name])
+            name: self._sums.pop(name).div_(self._weights[name]).to(self._dtypes[name])
             for name in sorted(self._sums)
         }
 
