@@ -219,8 +219,6 @@ def position_probability(hits: Tensor, trials: Tensor) -> Tensor:
     return (hits + 1) / (trials + 2)
 
 
-def position_weights(
-    strength: float, probability: Tensor, threshold: float | None = None
-) -> Tensor:
-    """Return next round's `a_i = A·p_i`; with a threshold τ, `a_i = A·1[p_i > τ]`."""
-    return strength * (probability if threshold is None else (probability > threshold).float())
+def position_weights(strength: float, probability: Tensor) -> Tensor:
+    """Return next round's `a_i = A·p_i`."""
+    return strength * probability
