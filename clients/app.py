@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from clients.evaluation import evaluate_own, judge
 from clients.harm import harmed, random_labels
 from clients.prompt_norms import NormPenalty, answers_of, norm_penalty
+from clients.repeats import Training, kept_trainings, training_key
 from clients.training import LocalRun, train_locally
 from clients.upload import compressed, rank_of, returned
 from common.adapters import at_rank
@@ -21,7 +22,7 @@ from common.config import Experiment
 from common.errors import UpdateRefusedError
 from common.features import Features
 from common.lowrank import adapted_modules, factor_names, kaiming_start
-from common.memory import Memory, under
+from common.memory import Memory, prefixed, under
 from common.messages import (
     Outcome,
     pack_identity,
@@ -54,7 +55,7 @@ def train(message: Message, context: Context) -> Message:
     """Train on this client's shard as the server's plan says; return what was trained."""
     client = _Client(message, context)
     plan, experiment = client.plan, client.experiment
-    federation, settings = experiment.federation, experiment.train
+    federation = experiment.federation
     model = client.loaded_model(client.own_start())
     start_state = model.state()
     rows = client.training_rows()
@@ -69,20 +70,9 @@ def train(message: Message, context: Context) -> Message:
         rules=plan.rules,
         rank=rank_of(client.held),
     )
-    start = time.perf_counter()
     answers = answers_of(model, rows, run, experiment) if plan.rules.probes else {}
-    weights = under("weights/", client.held)
-    penalty = norm_penalty(model, run, experiment.nemesis, weights)
-    trained = train_locally(
-        model,
-        rows,
-        run,
-        settings,
-        experiment.copra,
-        client.control_correction(),
-        penalty,
-    )
-    end_state = harmed(experiment.harm, plan.client, start_state, model.state())
+    training = client.train(model, rows, run)
+    end_state = harmed(experiment.harm, plan.client, start_state, training.state)
     upload = returned(
         plan,
         federation.seed,
@@ -91,17 +81,14 @@ def train(message: Message, context: Context) -> Message:
         start_state,
         end_state,
         client.memory,
-        trained,
+        training.trained,
     )
     tensors, own = compressed(
         upload.tensors, client.held, upload.own, experiment.wire.up, plan.rules.steady
     )
-    outcome = Outcome(
-        plan.client, len(rows), trained.loss, time.perf_counter() - start, *_probed(penalty)
-    )
     # An update that diverged is refused by the server; nothing of it may stay here either.
     client.remember(own if _is_finite(own) else client.memory.own)
-    return Message(pack_update(outcome, {**tensors, **answers}), reply_to=message)
+    return Message(pack_update(training.outcome, {**tensors, **answers}), reply_to=message)
 
 
 def _probed(penalty: NormPenalty | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -244,6 +231,25 @@ class _Client:
             for owner, part in zip(self.plan.shards, torch.split(chosen.labels, sizes), strict=True)
         ]
         return replace(chosen, labels=torch.cat(labels))
+
+    def train(self, model: Model, rows: Features, run: LocalRun) -> Training:
+        """Train the loaded model in place, unless this very training was done before."""
+        experiment, plan, correction = self.experiment, self.plan, self.control_correction()
+
+        def train() -> Training:
+            start = time.perf_counter()
+            penalty = norm_penalty(model, run, experiment.nemesis, under("weights/", self.held))
+            trained = train_locally(
+                model, rows, run, experiment.train, experiment.copra, correction, penalty
+            )
+            seconds = time.perf_counter() - start
+            outcome = Outcome(plan.client, len(rows), trained.loss, seconds, *_probed(penalty))
+            return Training(model.state(), trained, outcome)
+
+        given = {**self.held, **prefixed("own/", self.memory.own), **prefixed("c/", correction)}
+        given |= prefixed("start/", model.state())
+        key = training_key(experiment, plan.client, plan.shards, run, given)
+        return kept_trainings().get_or_make(key, train)
 
     def control_correction(self) -> Tensors:
         """Return SCAFFOLD's `c - c_k`; nothing for other methods."""

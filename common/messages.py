@@ -62,7 +62,8 @@ class Outcome:
     """What a client says of its training: rows it holds, mean loss of its steps, seconds.
 
     Where it asked at every step which positions of its prompt matter: how often it `asked` about
-    each, and at how many of these shrinking helped (`chosen`).
+    each, and at how many of these shrinking helped (`chosen`). `reused` says that another run had
+    trained this already; the seconds are those it took then.
     """
 
     client: int
@@ -71,6 +72,7 @@ class Outcome:
     seconds: float
     asked: tuple[int, ...] = ()
     chosen: tuple[int, ...] = ()
+    reused: bool = False
 
 
 def pack_instruction(plan: Plan, tensors: Tensors) -> RecordDict:
@@ -98,6 +100,7 @@ def pack_update(outcome: Outcome, tensors: Tensors) -> RecordDict:
             "num-examples": outcome.num_examples,
             "loss": outcome.loss,
             "seconds": outcome.seconds,
+            "reused": outcome.reused,
         }
     )
     if outcome.asked:
@@ -120,6 +123,7 @@ def unpack_update(content: RecordDict) -> tuple[Outcome, dict[str, torch.Tensor]
             seconds=float(config["seconds"]),  # type: ignore[arg-type]
             asked=tuple(config.get("asked", ())),  # type: ignore[arg-type]
             chosen=tuple(config.get("chosen", ())),  # type: ignore[arg-type]
+            reused=bool(config["reused"]),
         )
         tensors = _unpack(content.array_records[_TENSORS])
     except (KeyError, TypeError, ValueError) as error:

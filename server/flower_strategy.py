@@ -497,6 +497,7 @@ class FedcopraStrategy(FlowerStrategyBase):
             "num_examples": None,
             "loss": None,
             "seconds": None,
+            "reused": False,
             "weight": 0.0,
         }
         if reply is None:
@@ -517,6 +518,7 @@ class FedcopraStrategy(FlowerStrategyBase):
             "num_examples": outcome.num_examples,
             "loss": outcome.loss if math.isfinite(outcome.loss) else None,
             "seconds": outcome.seconds,
+            "reused": outcome.reused,
             **({"asked": outcome.asked, "chosen": outcome.chosen} if outcome.asked else {}),
         }, tensors
 

@@ -18,6 +18,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from clients.repeats import Kept  # noqa: E402
 from common.config import Experiment, build_experiment  # noqa: E402
 from common.features import Features  # noqa: E402
 from common.tasks import Kind, LabelledTask, Split  # noqa: E402
@@ -32,6 +33,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def trained_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no run take over what another has trained: most tests ask what training does."""
+    monkeypatch.setattr("clients.app.kept_trainings", lambda: Kept(room=0))
 
 
 @pytest.fixture(scope="session")

@@ -519,7 +519,7 @@ def seconds_by_part(groups: Groups) -> Panel:
         heading="Where does the time of a round go?",
         shows="Mean seconds a round, two bars each. Above: local training, summed over clients, "
         "which may run at the same time. Below: the server's clock, which mostly waits for them.",
-        conclusion=time_spent(seconds) if seconds else "No round was run.",
+        conclusion=time_spent(seconds, _share_reused(groups)) if seconds else "No round was run.",
         drawing=draw(
             "seconds-by-part",
             "Seconds a round by part",
@@ -598,6 +598,18 @@ def _mean_seconds(members: Sequence[Record], part: str) -> float:
     return fmean(
         [finite(entry["seconds"].get(part)) or 0.0 for r in members for entry in r["rounds"]]
     )
+
+
+def _share_reused(groups: Groups) -> float:
+    """Return the share of all trainings that another run of the comparison had done before."""
+    reused = [
+        bool(client.get("reused"))
+        for members in groups.values()
+        for record in members
+        for entry in record["rounds"]
+        for client in entry["clients"]
+    ]
+    return fmean(reused) if reused else 0.0
 
 
 def _metric(groups: Groups) -> str:

@@ -414,8 +414,11 @@ def worth_of_exactness(
     return " ".join(said)
 
 
-def time_spent(seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """Say how much of a round is merging and who is fastest, on this machine."""
+def time_spent(seconds: Mapping[str, Mapping[str, float]], reused: float = 0.0) -> str:
+    """Say how much of a round is merging and who is fastest, on this machine.
+
+    `reused` is the share of clients' trainings that were taken from another run of the comparison.
+    """
     order = sorted(seconds, key=lambda label: seconds[label]["wall"])
     dearest = max(seconds, key=lambda label: seconds[label]["merge"])
     wall = seconds[dearest]["wall"]
@@ -428,5 +431,10 @@ def time_spent(seconds: Mapping[str, Mapping[str, float]]) -> str:
             f"The longest merge is that of {dearest}: it {merge}. A round lasts from "
             f"{duration(seconds[order[0]]['wall'])} ({order[0]}) to "
             f"{duration(seconds[order[-1]]['wall'])} ({order[-1]})."
+        )
+    if reused:
+        said += (
+            f" {percent(reused, 0)} of the trainings had been done by another run and were not "
+            "done again: rounds are not to be compared by their length here."
         )
     return f"{said} Seconds are of the machine that ran this, with whatever else it was doing."
