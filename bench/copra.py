@@ -1,7 +1,8 @@
 """What CopRA costs and saves: `python -m bench.copra`. Each claim is a ratio, measured in one run.
 
 - Schedule: CPU seconds of a client's training with blocks dropped (p from 0.1, ramp 0.75), over
-  those of plain LoRA at equal steps, in turn, on a random encoder of 12 blocks of width 384.
+  those of plain LoRA at equal steps, in turn, on a random encoder of 12 blocks of width 384; with
+  adapters on query and value, and on every linear layer.
 - Probe: the server's merge as a share of a round's wall time, ten clients, with suspects screened
   by slopes, with every client left out once, and without a probe.
 - Algebra: seconds of one merge of 50 clients' updates, 24 matrices of 768x768 at rank 8, without a
@@ -35,16 +36,17 @@ def main() -> None:
     """Print one line of JSON a measurement."""
     prepare_environment()
     torch.set_num_threads(1)
-    print(json.dumps(schedule_against_lora()), flush=True)
+    for targets in (("query", "value"), ("query", "key", "value", "dense")):
+        print(json.dumps(schedule_against_lora(targets)), flush=True)
     print(json.dumps(algebra()), flush=True)
     print(json.dumps(probe_share()), flush=True)
 
 
-def schedule_against_lora(repeats: int = 3) -> dict[str, Any]:
+def schedule_against_lora(targets: tuple[str, ...], repeats: int = 5) -> dict[str, Any]:
     """Train in turn with the schedule and without; return the ratio of CPU seconds."""
     with TemporaryDirectory() as folder:
         backbone = _random_encoder(Path(folder))
-        model = AdaptedBackbone(backbone, Adapter(rank=8, alpha=ALPHA))
+        model = AdaptedBackbone(backbone, Adapter(rank=8, alpha=ALPHA, targets=targets))
         task = empty_task("text", ("a", "b"))
         start = model.initial((task,), seed=0)
     rows = _random_texts(256, 24)
@@ -60,7 +62,7 @@ def schedule_against_lora(repeats: int = 3) -> dict[str, Any]:
     pairs = [(seconds(Copra(enabled=True)), seconds(Copra())) for _ in range(repeats)]
     ratios = [dropped / plain for dropped, plain in pairs]
     return {
-        "schedule": "12 blocks",
+        "schedule": f"12 blocks, adapters on {', '.join(targets)}",
         "ratio": statistics.median(ratios),
         "lowest": min(ratios),
         "highest": max(ratios),

@@ -75,8 +75,13 @@ class Features:
 
     def batches(self, size: int, device: torch.device) -> Iterator[Batch]:
         """Yield all rows, `size` at a time, in order."""
+        for positions in self.positions(size):
+            yield self.batch(positions, device)
+
+    def positions(self, size: int) -> Iterator[Tensor]:
+        """Yield the positions of all rows, `size` at a time, in order."""
         for start in range(0, len(self), size):
-            yield self.batch(torch.arange(start, min(start + size, len(self))), device)
+            yield torch.arange(start, min(start + size, len(self)))
 
 
 def extract_features(preprocessor: Preprocessor, split: Split) -> Features:

@@ -127,6 +127,7 @@ class PromptedClip:
         self._captions: dict[tuple[str, ...], Captions] = {}
         self._task: LabelledTask | None = None
         self._kept: tuple[list[int], Tensor] | None = None
+        self._making_captions = threading.Lock()
 
     @property
     def device(self) -> torch.device:
@@ -268,9 +269,10 @@ class PromptedClip:
         if torch.is_grad_enabled():
             return self._embed_captions(self._stacked(contexts))
         versions = [context._version for context in contexts.values()]
-        if self._kept is None or self._kept[0] != versions:
-            self._kept = versions, self._embed_captions(self._stacked(contexts))
-        return self._kept[1]
+        with self._making_captions:  # batches may be scored in several threads at a time
+            if self._kept is None or self._kept[0] != versions:
+                self._kept = versions, self._embed_captions(self._stacked(contexts))
+            return self._kept[1]
 
     def _stacked(self, contexts: Tensors) -> Tensor:
         """Return the contexts as (N, 1 or C, M, d)."""

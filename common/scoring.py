@@ -1,6 +1,6 @@
 """Scoring a loaded model on rows; the same on the server and at clients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,25 +8,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.cores import in_pieces
 from common.features import Features
 from common.models import Model
 
-_BATCH = 256
+_ROWS_AT_ONCE: Mapping[str, int] = {"cpu": 64}  # so that several cores have work
+_ROWS_AT_ONCE_ELSEWHERE = 256
 
 
-def losses_and_hits(model: Model, rows: Features, precision: str) -> tuple[Tensor, Tensor]:
-    """Return the loss of every row and whether it is classified rightly, both (n,), on the CPU."""
-    # One thread, as in training: the sums must not depend on the machine's cores.
+def losses_and_hits(
+    model: Model, rows: Features, precision: str, cores: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of every row and whether it is classified rightly, both (n,), on the CPU.
+
+    `cores` is how many of them a model on the CPU may keep busy.
+    """
+    # One thread a batch, as in training: the sums must not depend on the machine's cores.
     torch.set_num_threads(1)
-    losses, hits = [], []
     device = model.device
     model.module.eval()
-    with torch.inference_mode(), _autocast(device.type, precision):
-        for batch in rows.batches(_BATCH, device):
+
+    def score(positions: Tensor) -> tuple[Tensor, Tensor]:
+        batch = rows.batch(positions, device)
+        # Modes are a thread's own.
+        with torch.inference_mode(), _autocast(device.type, precision):
             logits = model.logits(batch)
-            losses.append(functional.cross_entropy(logits, batch.labels, reduction="none"))
-            hits.append(logits.argmax(dim=1) == batch.labels)
-    return torch.cat(losses).float().cpu(), torch.cat(hits).cpu()
+            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+            return losses.float().cpu(), (logits.argmax(dim=1) == batch.labels).cpu()
+
+    size = _ROWS_AT_ONCE.get(device.type, _ROWS_AT_ONCE_ELSEWHERE)
+    busy = cores if device.type == "cpu" else 1
+    losses, hits = zip(*in_pieces(score, rows.positions(size), busy), strict=True)
+    return torch.cat(losses), torch.cat(hits)
 
 
 def own_scores(

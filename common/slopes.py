@@ -6,6 +6,7 @@ slope of that loss along a change `D = Î£_j B_j A_j` of the layer's weight is `Î
 Source: copra specification 7.3 (d), row by row.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.adapters import AdaptedBackbone
+from common.cores import in_pieces
 from common.errors import ConfigError
 from common.features import Features
 from common.lowrank import Directions, Term
@@ -24,10 +26,13 @@ from common.tensors import Tensors
 _BATCH = 64
 
 
-def slopes(model: AdaptedBackbone, rows: Features, directions: Directions) -> tuple[Tensor, Tensor]:
+def slopes(
+    model: AdaptedBackbone, rows: Features, directions: Directions, cores: int = 1
+) -> tuple[Tensor, Tensor]:
     """Return losses (rows,) of the loaded model, and their derivatives (rows, K) in float64.
 
     Dropout is off. Rows must not meet in the model, as in batch statistics that are trained.
+    `cores` is how many of them a model on the CPU may keep busy.
 
     Raises:
         ConfigError: a head that moves is no linear layer.
@@ -38,21 +43,24 @@ def slopes(model: AdaptedBackbone, rows: Features, directions: Directions) -> tu
         parameter.requires_grad_(True)
     moves = _moves(model, directions, device)
     model.module.eval()
-    found, losses = [], []
-    for batch in rows.batches(_BATCH, device):
-        with _watched(moves) as seen:
+
+    with _watched(moves) as here:
+
+        def slopes_of(positions: Tensor) -> tuple[Tensor, Tensor]:
+            batch = rows.batch(positions, device)
+            here.seen = seen = list[_Seen]()
             loss = functional.cross_entropy(model.logits(batch), batch.labels, reduction="none")
             gradients = torch.autograd.grad(loss.sum(), [output for _, _, output in seen])
-        losses.append(loss.detach())
-        found.append(
-            torch.stack(
-                [
-                    move.slopes(given, gradient)
-                    for (move, given, _), gradient in zip(seen, gradients, strict=True)
-                ]
-            ).sum(dim=0)
-        )
-    return torch.cat(losses).cpu(), torch.cat(found).cpu()
+            found = [
+                move.slopes(given, gradient)
+                for (move, given, _), gradient in zip(seen, gradients, strict=True)
+            ]
+            return loss.detach().cpu(), torch.stack(found).sum(dim=0).cpu()
+
+        busy = cores if device.type == "cpu" else 1
+        pieces = in_pieces(slopes_of, rows.positions(_BATCH), busy)
+    losses, found = zip(*pieces, strict=True)
+    return torch.cat(losses), torch.cat(found)
 
 
 class _FactoredMove:
@@ -109,20 +117,24 @@ def _moves(model: AdaptedBackbone, directions: Directions, device: torch.device)
     return moves
 
 
+# A move, what its layer was given, and what it put out.
+_Seen = tuple[_Move, Tensor, Tensor]
+
+
 @contextmanager
-def _watched(moves: Iterable[_Move]) -> Iterator[list[tuple[_Move, Tensor, Tensor]]]:
-    """Note what each layer is given and puts out, while a forward pass runs."""
-    seen: list[tuple[_Move, Tensor, Tensor]] = []
+def _watched(moves: Iterable[_Move]) -> Iterator[threading.local]:
+    """Note, in each thread's `seen`, what every layer is given and puts out in forward passes."""
+    here = threading.local()
 
     def note(move: _Move) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.append((move, inputs[0].detach(), output))
+            here.seen.append((move, inputs[0].detach(), output))
 
         return hook
 
     hooks = [move.layer.register_forward_hook(note(move)) for move in moves]
     try:
-        yield seen
+        yield here
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,6 +6,7 @@ and evaluation start from it.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ class Stem:
                 f"adapter.blocks: {type(encoder).__name__} has no module called embeddings, whose "
                 "output could be kept; choose adapter.blocks = 0"
             )
-        self.bypassed = False
+        # Batches are scored in several threads at a time.
+        self._here = threading.local()
         self._encoder = encoder
         stack: Any = encoder.get_submodule(blocks)
         for module in (encoder.embeddings, *stack[:lowest]):
@@ -45,7 +47,7 @@ class Stem:
 
     def _skippable(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def skip_or_run(*inputs: Any, **named: Any) -> Any:
-            if not self.bypassed:
+            if not getattr(self._here, "bypassed", False):
                 return forward(*inputs, **named)
             given = named.get("inputs_embeds")
             return inputs[0] if given is None else given
@@ -55,11 +57,11 @@ class Stem:
     @contextlib.contextmanager
     def bypass(self, wanted: bool) -> Iterator[None]:
         """Skip the stem, if wanted: the batch is past it."""
-        self.bypassed = wanted
+        self._here.bypassed = wanted
         try:
             yield
         finally:
-            self.bypassed = False
+            self._here.bypassed = False
 
     def run(self, features: Features, device: torch.device) -> Features:
         """Return the rows past the stem: (n, tokens, width), on the CPU."""

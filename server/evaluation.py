@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.adapters import AdaptedBackbone
 from common.config import Experiment
+from common.cores import cores_here
 from common.errors import ConfigError
 from common.features import Features, extract_features, shortest_first
 from common.lowrank import Directions
@@ -128,7 +129,7 @@ class Evaluator:
             for rows in self._rows_to_probe(examples, part):
                 with self.model.in_use:
                     self.model.load(for_task(tensors, rows.task.name), rank, rows.task)
-                    found.append(slopes(self.model, rows.features, directions))
+                    found.append(slopes(self.model, rows.features, directions, cores_here()))
             found_losses, found_slopes = zip(*found, strict=True)
             return torch.cat(found_losses), torch.cat(found_slopes)
 
@@ -162,4 +163,4 @@ class Evaluator:
         """Return the loss of every row and whether it is classified rightly, both (n,)."""
         with self.model.in_use:
             self.model.load(for_task(model.tensors, rows.task.name), model.rank, rows.task)
-            return losses_and_hits(self.model, rows.features, self._precision)
+            return losses_and_hits(self.model, rows.features, self._precision, cores_here())

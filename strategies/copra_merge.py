@@ -14,10 +14,8 @@ would shrink it every round. Specification 7; the coefficients are found in `cop
 
 import functools
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +24,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from common.candidates import packed
+from common.cores import cores_here, in_pieces
 from common.errors import ConfigError
 from common.lowrank import (
     GAUGES,
@@ -83,8 +82,8 @@ class CopraMergeOptions(Options):
         gauge: how a delta is split into factors: evenly (`balanced`), or with A like a fresh
             adapter's and all singular values in B (`lora`).
         norm_limit: increments longer than this many medians are scaled back to it.
-        screening: `gradient` leaves out one by one only clients whose slope makes them suspects,
-            `none` all of them: K more evaluations.
+        screening: `gradient` leaves out one by one only the two clients whose slopes make them
+            the worst suspects, `none` all of them: K more evaluations.
         veto_z: leave a client out if the merge without it has a loss lower by this many paired
             standard errors.
         barrier_limit: count clients behind a loss barrier less, and veto those behind one of this
@@ -270,9 +269,8 @@ _T = TypeVar("_T")
 
 
 def _at_once(work: Callable[[str], _T], modules: Sequence[str]) -> dict[str, _T]:
-    """Return the work on every module, done on all cores: linear algebra lets go of the GIL."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return dict(zip(modules, pool.map(work, modules), strict=True))
+    """Return the work on every module, done on all cores."""
+    return dict(zip(modules, in_pieces(work, modules, cores_here()), strict=True))
 
 
 @dataclass(frozen=True)

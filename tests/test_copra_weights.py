@@ -102,6 +102,14 @@ def test_screening_asks_for_the_losses_of_suspects_only_and_decides_the_same() -
     assert screened.proposal.weights == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0))
 
 
+def test_screening_tries_the_two_worst_suspects_and_then_the_two_worst_that_are_left() -> None:
+    many = bowl(*([1.0, 0.1 * k] for k in range(-3, 4)), [-2.0, 0.0], [-1.0, 0.0], [-0.5, 0.0])
+    assert set(suspects(many, even(10), 2.0)) == {7, 8, 9}
+    found = veto(many, even(10), 2.0, screened=True)
+    assert set(found.notes["leave_one_out_z"]) == {"70", "80"}
+    assert set(found.notes["proposed"]) == {70, 80, 90}  # the last was not tried at first
+
+
 def test_a_limit_counts_as_a_shorter_increment() -> None:
     halved = replace(HARMED, increments=HARMED.increments * torch.tensor([[1], [1], [1], [0.5]]))
     limited = replace(even(4), limits=(1.0, 1.0, 1.0, 0.5))

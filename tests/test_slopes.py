@@ -170,3 +170,28 @@ def test_a_head_that_is_not_linear_is_refused(
             slopes(model, picture_rows, some_directions(state))
     finally:
         module.classifier = plain
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_the_number_of_cores_changes_no_bit(
+    kind: Kind,
+    rows: Features,
+    vit_folder: Path,
+    bert_folder: Path,
+    empty_task: MakeTask,
+    blocks: int,
+) -> None:
+    """Pieces run at the same time share one model, its hooks and its stem."""
+    task = empty_task(kind)
+    model, state = adapted(kind, vit_folder, bert_folder, task, blocks)
+    model.load(state, 2, task)
+    many = model.past_stem(rows.select(torch.arange(300) % len(rows)))
+    directions = some_directions(state)
+    losses, found = slopes(model, many, directions, cores=4)
+    scored, hits = losses_and_hits(model, many, "float32", cores=4)
+    for _ in range(5):
+        alone = slopes(model, many, directions, cores=1)
+        assert torch.equal(alone[0], losses)
+        assert torch.equal(alone[1], found)
+        assert torch.equal(losses_and_hits(model, many, "float32", cores=1)[0], scored)
+        assert torch.equal(losses_and_hits(model, many, "float32", cores=4)[1], hits)
