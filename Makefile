@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
+CERTS_FLAGS ?=
 
 BIN := $(VENV)/bin
 # Exact versions: an unpinned torch would bring several GB of CUDA packages to a machine without GPU.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench certs clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
@@ -35,6 +36,9 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.copra
 	$(BIN)/python -m bench.prompts
 	$(BIN)/python -m bench.simulation
+
+certs: $(VENV)/.installed
+	$(BIN)/fedcopra certs $(CERTS_FLAGS)
 
 $(VENV)/bin/pip:
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), 'Python 3.11 to 3.13 is needed, this is ' + sys.version"

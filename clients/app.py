@@ -21,6 +21,7 @@ from common.candidates import scores, unpacked
 from common.config import Experiment
 from common.errors import UpdateRefusedError
 from common.features import Features
+from common.installed_code import refuse_other_code
 from common.lowrank import adapted_modules, factor_names, kaiming_start
 from common.memory import Memory, prefixed, under
 from common.messages import (
@@ -140,6 +141,8 @@ class _Client:
     """
 
     def __init__(self, message: Message, context: Context) -> None:
+        if code := str(context.run_config.get("code", "")):
+            refuse_other_code(code, "this site")
         self.plan, received = unpack_instruction(message.content)
         self.experiment = _experiment(self.plan.experiment)
         # Several clients share the machine: one thread each is fastest, and gives the same sums on

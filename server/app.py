@@ -8,7 +8,8 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config import experiment_from_flat
+from common.config import Experiment, experiment_from_flat
+from common.installed_code import refuse_other_code
 from common.shards import deal_shards
 from server.evaluation import Evaluator
 from server.flower_strategy import find_clients, run_federation, share_nodes
@@ -28,13 +29,18 @@ def main(grid: Grid, context: Context) -> None:
     """Run the experiment of the run config and write its record where `out` says.
 
     `share_nodes` lets Flower's nodes play several clients each, for a simulation of any size.
-    `out` is a folder on the machine of the SuperLink; relative paths start where that was started.
+    `experiment` is a whole one as JSON, and `code` the digest of the code that it was submitted
+    with, as `fedcopra run` writes them. `out` is a folder on the machine of the SuperLink; relative
+    paths start where that was started.
     """
     config: dict[str, Any] = dict(context.run_config)
+    if code := str(config.pop("code", "")):
+        refuse_other_code(code, "the server")
     sharing = bool(config.pop("share_nodes"))
     find_nodes = share_nodes if sharing else _find_every_client
     folder = Path(str(config.pop("out"))) / f"run-{context.run_id}"
-    experiment = experiment_from_flat(config)
+    text = str(config.pop("experiment", ""))
+    experiment = Experiment.model_validate_json(text) if text else experiment_from_flat(config)
     resolve(experiment)
     deal_shards(experiment.task, experiment.partition, experiment.federation.seed)
     with appearing_whole(folder.absolute()) as unfinished:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from common.config import load_experiment, parse_assignments, split_alternatives
 from common.errors import ConfigError, FedcopraError
+from server.deployment import commands as deployment_commands
 from server.environment import prepare_environment
 from server.folders import REPORT, appearing_whole, continued, refuse_existing, write_json
 from server.plans import (
@@ -73,6 +74,11 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"fedcopra: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+app.command()(deployment_commands.certs)
+app.command()(deployment_commands.run)
+app.add_typer(deployment_commands.site, name="site")
 
 
 @app.command()

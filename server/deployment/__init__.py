@@ -1,0 +1,1 @@
+"""Deployment: keys and certificates, sites, and runs submitted to a SuperLink."""

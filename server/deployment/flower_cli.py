@@ -1,0 +1,89 @@
+"""Flower's command line, through which runs are submitted and followed, and sites registered."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import FedcopraError
+
+
+@dataclass(frozen=True)
+class Superlink:
+    """Where runs are submitted to.
+
+    Attributes:
+        address: host and port of its control API.
+        ca: the certificate that it must be signed by; None is plain HTTP.
+    """
+
+    address: str
+    ca: Path | None
+
+
+class FlowerCli:
+    """Flower's command line, with a home of its own: exit codes say little, JSON says more."""
+
+    connection = "deployed"
+
+    def __init__(self, superlink: Superlink, scratch: Path) -> None:
+        self._home = scratch / "flower"
+        self._home.mkdir()
+        lines = [f"[superlink.{self.connection}]", f'address = "{superlink.address}"']
+        if superlink.ca is None:
+            lines.append("insecure = true")
+        else:
+            lines.append(f"root-certificates = {json.dumps(str(superlink.ca))}")
+        (self._home / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def submit(self, bundle: Path) -> int:
+        """Return the id of the new run."""
+        answer = self._ask("run", str(bundle), self.connection)
+        return int(answer["run-id"])
+
+    def status(self, run: int) -> str:
+        """Return `pending`, `starting`, `running`, or `finished:` and how."""
+        answer = self._ask("ls", self.connection, "--run-id", str(run))
+        return str(answer["runs"][0]["status"])
+
+    def stop(self, run: int) -> None:
+        """Stop a run."""
+        self.call("stop", str(run), self.connection)
+
+    def log(self, run: int) -> list[str]:
+        """Return the lines that the ServerApp has logged so far."""
+        return self.call("log", str(run), self.connection, "--show").stdout.splitlines()
+
+    def last_words(self, run: int) -> str:
+        """Return the line of the log that names the error, or the last one."""
+        lines = [line.strip() for line in self.log(run) if line.strip()]
+        named = [line for line in lines if "Error" in line]
+        return (named or lines or ["its log is empty"])[-1]
+
+    def _ask(self, command: str, *arguments: str) -> Mapping[str, Any]:
+        done = self.call(command, *arguments, "--format", "json")
+        try:
+            answer: Mapping[str, Any] = json.loads(done.stdout)
+        except json.JSONDecodeError:
+            raise FedcopraError(f"flwr {command}: {_said(done)}") from None
+        if not answer.get("success"):
+            raise FedcopraError(f"flwr {command}: {answer.get('error-message') or _said(done)}")
+        return answer
+
+    def call(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run `flwr` with these arguments."""
+        return subprocess.run(
+            [str(Path(sys.executable).with_name("flwr")), *arguments],
+            env={**os.environ, "FLWR_HOME": str(self._home)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+def _said(done: "subprocess.CompletedProcess[str]") -> str:
+    return " ".join((done.stdout + " " + done.stderr).split())[-400:] or f"exit {done.returncode}"

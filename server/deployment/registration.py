@@ -1,0 +1,52 @@
+"""Registration: put the sites' public keys on a SuperLink's list; what is on it stays.
+
+`python -m server.deployment.registration --superlink HOST:PORT --ca FILE FOLDER`
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from common.errors import FedcopraError
+from server.deployment.flower_cli import FlowerCli, Superlink
+
+_KNOWN_ALREADY = "already in use"
+
+
+def register(superlink: Superlink, keys: Path) -> dict[str, str]:
+    """Register every `NAME.pub` in `keys`; return by name `registered` or `known`.
+
+    Raises:
+        FedcopraError: the SuperLink refuses a key for another reason than that it knows it.
+    """
+    with TemporaryDirectory() as scratch:
+        flower = FlowerCli(superlink, Path(scratch))
+        return {file.stem: _register(flower, file) for file in sorted(keys.glob("*.pub"))}
+
+
+def _register(flower: FlowerCli, key: Path) -> str:
+    done = flower.call("supernode", "register", str(key), flower.connection, "--name", key.stem)
+    said = done.stdout + done.stderr
+    if done.returncode and _KNOWN_ALREADY not in said:
+        raise FedcopraError(f"site {key.stem} was not registered: {' '.join(said.split())[-300:]}")
+    return "known" if done.returncode else "registered"
+
+
+def main() -> None:
+    """Register what is in a folder, and say so."""
+    parser = argparse.ArgumentParser(description="Register the public keys of sites.")
+    parser.add_argument("--superlink", required=True)
+    parser.add_argument("--ca", type=Path, required=True)
+    parser.add_argument("keys", type=Path)
+    given = parser.parse_args()
+    try:
+        found = register(Superlink(given.superlink, given.ca), given.keys)
+    except FedcopraError as error:
+        sys.exit(f"fedcopra: {error}")
+    for site, what in found.items():
+        print(f"{site}: {what}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A deployment of processes on this machine: SuperLink and SuperNodes over TLS, with keys."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from server.deployment.certificates import make_certificates, site_keys
+from server.deployment.flower_cli import Superlink
+from server.deployment.registration import register
+
+ROOT = Path(__file__).parent.parent
+SITES = ("site-1", "site-2")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@dataclass
+class Deployment:
+    """A SuperLink with its files below `folder`, and the processes that were started."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    running: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        make_certificates(self.keys, [], SITES)
+        self.results.mkdir()
+
+    @property
+    def keys(self) -> Path:
+        return self.folder / "certificates"
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results"
+
+    @property
+    def superlink(self) -> Superlink:
+        return Superlink(f"127.0.0.1:{self.port}", self.keys / "ca.crt")
+
+    def start_superlink(self) -> None:
+        """Start it, wait until it answers, and register the sites' keys."""
+        self._start(
+            "superlink",
+            "flower-superlink",
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--ssl-ca-certfile", str(self.keys / "ca.crt")),
+            *("--ssl-certfile", str(self.keys / "server.pem")),
+            *("--ssl-keyfile", str(self.keys / "server.key")),
+            "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation",
+            *("--database", str(self.folder / "state.db")),
+        )
+        self._wait_for(self.port)
+        register(self.superlink, self.keys / "registered")
+
+    def start_node(
+        self, site: str, partition: int, *, key: Path | None = None, ca: Path | None = None
+    ) -> "subprocess.Popen[bytes]":
+        """Start a SuperNode with the site's key, or with another key or CA."""
+        return self._start(
+            site,
+            "flower-supernode",
+            *("--root-certificates", str(ca or self.keys / "ca.crt")),
+            *("--superlink", self.superlink.address),
+            *("--host", "127.0.0.1", "--port", str(free_port())),
+            *("--node-config", f"partition-id={partition}"),
+            *("--auth-supernode-private-key", str(key or site_keys(self.keys, site).private)),
+        )
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def stop(self) -> None:
+        """End all processes and theirs, sites first."""
+        for name in sorted(self.running, key=lambda name: name == "superlink"):
+            process = self.running[name]
+            try:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(timeout=20)
+            except ProcessLookupError:
+                continue
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                self._kill_group(process.pid)
+
+    @staticmethod
+    def _kill_group(group: int) -> None:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def _start(self, name: str, command: str, *arguments: str) -> "subprocess.Popen[bytes]":
+        log = (self.folder / f"{name}.log").open("ab")
+        self.running[name] = subprocess.Popen(
+            [str(Path(sys.executable).with_name(command)), *arguments],
+            cwd=self.results,
+            env=self._environment(name),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        return self.running[name]
+
+    def _environment(self, name: str) -> Mapping[str, str]:
+        binaries = str(Path(sys.executable).parent)
+        return {
+            **os.environ,
+            # Flower starts its own commands by name.
+            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "FLWR_HOME": str(self.folder / "flower" / name),
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        }
+
+    def _wait_for(self, port: int, patience: float = 90.0) -> None:
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            with socket.socket() as tried:
+                if not tried.connect_ex(("127.0.0.1", port)):
+                    return
+            time.sleep(0.1)
+        raise TimeoutError(f"nothing answers at port {port}: {self.log('superlink')[-500:]}")
