@@ -213,9 +213,18 @@ _PREPROCESSORS: Mapping[Kind, Callable[[str], Any]] = {
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `auto`, `cpu` or `cuda`; `auto` takes a GPU where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device = 'cuda': torch finds no GPU here; choose auto or cpu")
+    """Return the device called `auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes a GPU if it can.
+
+    Raises:
+        ConfigError: there is no GPU, or none of this number.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"train.device = {name!r}: torch finds no GPU here; choose auto or cpu")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.device = {name!r}: torch finds {torch.cuda.device_count()} GPUs here, counted "
+            "from 0"
+        )
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(automatic if name == "auto" else name)
 

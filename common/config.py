@@ -260,7 +260,7 @@ class Train(_Table):
         "none", description="of the learning rate, over the whole run"
     )
     max_grad_norm: float = Field(1.0, gt=0)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the forward pass; adapters always stay in float32"
     )
@@ -276,6 +276,9 @@ class Federation(_Table):
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0, description="Ray actors; 0: in this process, without Ray")
+    ray_address: str = Field(
+        "", description="HOST:PORT of a running Ray cluster's head, whose CPUs are all used"
+    )
     timeout: float = Field(3600.0, gt=0, description="seconds to wait for a round's replies")
     evaluate_every: int = Field(
         1, ge=1, description="rounds from one evaluation to the next; the last is always evaluated"

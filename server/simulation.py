@@ -24,7 +24,7 @@ from flwr.simulation import run_simulation
 
 from clients.app import app as client_app
 from common.backbones import choose_device
-from common.config import Experiment
+from common.config import Experiment, Federation
 from common.errors import ConfigError, FedcopraError
 from common.shards import deal_shards
 from server.evaluation import Evaluator
@@ -62,11 +62,18 @@ def simulate(
         FedcopraError: what only shows once data and models are loaded.
     """
     workers = sorted({experiment.federation.workers for experiment in experiments})
+    clusters = sorted({experiment.federation.ray_address for experiment in experiments})
     devices = sorted({experiment.train.device for experiment in experiments})
-    if len(workers) > 1 or len(devices) > 1:
+    if len(workers) > 1 or len(devices) > 1 or len(clusters) > 1:
         raise ConfigError(
             "all runs of a comparison share the same clients: give one federation.workers, not "
-            f"{workers}, and one train.device, not {devices}"
+            f"{workers}, one train.device, not {devices}, and one federation.ray_address, not "
+            f"{clusters}"
+        )
+    if clusters[0] and not workers[0]:
+        raise ConfigError(
+            f"federation.ray_address = {clusters[0]!r}: federation.workers = 0 runs clients in "
+            "this process; say how many of them the cluster holds at a time"
         )
     engine = _on_ray if workers[0] else _in_process
     clients = max(experiment.partition.clients for experiment in experiments)
@@ -167,12 +174,7 @@ def _on_ray(run: _Run, experiments: Sequence[Experiment], clients: int) -> list[
             client_app,
             num_supernodes=clients * in_flight,
             backend_config={
-                "init_args": {
-                    "num_cpus": workers,
-                    "include_dashboard": False,
-                    "log_to_driver": False,
-                    "logging_level": "ERROR",
-                },
+                "init_args": _ray_arguments(experiments[0].federation),
                 "client_resources": {
                     "num_cpus": 1,
                     "num_gpus": _gpu_share(experiments[0].train.device, workers),
@@ -183,6 +185,14 @@ def _on_ray(run: _Run, experiments: Sequence[Experiment], clients: int) -> list[
         # Ctrl-C, or a crash of the engine: let the threads that wait for replies end as well.
         stopped.set()
     return finished
+
+
+def _ray_arguments(federation: Federation) -> dict[str, Any]:
+    """Return what Ray is started with, or how a running cluster is joined: with all its CPUs."""
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if federation.ray_address:
+        return {**quiet, "address": federation.ray_address}
+    return {**quiet, "num_cpus": federation.workers, "include_dashboard": False}
 
 
 class _WatchedGrid:

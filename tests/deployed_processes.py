@@ -24,6 +24,18 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def wait_for(address: str, patience: float = 90.0) -> None:
+    """Wait until something answers at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with socket.socket() as tried:
+            if not tried.connect_ex((host, int(port))):
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"nothing answers at {address}")
+
+
 @dataclass
 class Deployment:
     """A SuperLink with its files below `folder`, and the processes that were started."""
@@ -61,7 +73,7 @@ class Deployment:
             "--disable-runtime-dependency-installation",
             *("--database", str(self.folder / "state.db")),
         )
-        self._wait_for(self.port)
+        wait_for(self.superlink.address)
         register(self.superlink, self.keys / "registered")
 
     def start_node(
@@ -124,12 +136,3 @@ class Deployment:
             "FLWR_HOME": str(self.folder / "flower" / name),
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         }
-
-    def _wait_for(self, port: int, patience: float = 90.0) -> None:
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            with socket.socket() as tried:
-                if not tried.connect_ex(("127.0.0.1", port)):
-                    return
-            time.sleep(0.1)
-        raise TimeoutError(f"nothing answers at port {port}: {self.log('superlink')[-500:]}")
