@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.config import Experiment, experiment_from_flat
 from common.installed_code import refuse_other_code
 from common.shards import deal_shards
+from server.checkpoints import Checkpoints
 from server.evaluation import Evaluator
 from server.flower_strategy import find_clients, run_federation, share_nodes
 from server.folders import REPORT, appearing_whole
@@ -31,7 +32,8 @@ def main(grid: Grid, context: Context) -> None:
     `share_nodes` lets Flower's nodes play several clients each, for a simulation of any size.
     `experiment` is a whole one as JSON, and `code` the digest of the code that it was submitted
     with, as `fedcopra run` writes them. `out` is a folder on the machine of the SuperLink; relative
-    paths start where that was started.
+    paths start where that was started. A run that was cut off goes on where it was when it is
+    submitted again.
     """
     config: dict[str, Any] = dict(context.run_config)
     if code := str(config.pop("code", "")):
@@ -43,16 +45,24 @@ def main(grid: Grid, context: Context) -> None:
     experiment = Experiment.model_validate_json(text) if text else experiment_from_flat(config)
     resolve(experiment)
     deal_shards(experiment.task, experiment.partition, experiment.federation.seed)
+    checkpoints = Checkpoints(folder.absolute().parent, experiment)
     with appearing_whole(folder.absolute()) as unfinished:
         evaluator = Evaluator(experiment)
         nodes = find_nodes(grid, experiment.partition.clients)
         outcomes = run_federation(
-            grid, experiment, evaluator, nodes, _log_round, remembering=not sharing
+            grid,
+            experiment,
+            evaluator,
+            nodes,
+            _log_round,
+            remembering=not sharing,
+            checkpoints=checkpoints,
         )
         finished = Finished(experiment, outcomes, evaluator)
         record = build_record(finished, experiment.strategy_name)
         write_run(unfinished, record, outcomes)
         write_report([unfinished], unfinished / REPORT)
+    checkpoints.remove()
     _log.info("record and report: %s", folder.absolute() / REPORT)
 
 

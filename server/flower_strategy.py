@@ -42,6 +42,7 @@ from common.rules import LocalRules
 from common.seeds import numpy_generator
 from common.shards import deal_shards
 from common.tensors import Tensors, digest
+from server.checkpoints import Checkpoints, Progress
 from server.evaluation import Evaluator
 from server.parcels import Parcel, Parcels
 from strategies import resolve, setting_of
@@ -102,19 +103,23 @@ def run_federation(
     on_round: OnRound,
     *,
     remembering: bool = True,
+    checkpoints: Checkpoints | None = None,
 ) -> Outcomes:
     """Run every round of `experiment` over `nodes`, which maps clients to Flower's node ids.
 
-    `remembering` says that every client has a node, and so a memory, of its own.
+    `remembering` says that every client has a node, and so a memory, of its own. With `checkpoints`
+    the run goes on from where an earlier one of it was, if there is one.
 
     Raises:
         FedcopraError: no client's update has ever been accepted.
     """
-    bridge = FedcopraStrategy(experiment, evaluator, nodes, on_round, remembering=remembering)
+    bridge = FedcopraStrategy(
+        experiment, evaluator, nodes, on_round, remembering=remembering, checkpoints=checkpoints
+    )
     bridge.start(
         grid,
         initial_arrays=ArrayRecord(),
-        num_rounds=experiment.federation.rounds,
+        num_rounds=bridge.rounds_to_go,
         timeout=experiment.federation.timeout,
         evaluate_fn=bridge.evaluate,
     )
@@ -179,6 +184,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         on_round: OnRound,
         *,
         remembering: bool,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self._experiment = experiment
         self._text = experiment.model_dump_json()
@@ -205,6 +211,17 @@ class FedcopraStrategy(FlowerStrategyBase):
         self._start_scores: Scores | None = None
         self._rows: list[dict[str, Any]] = []
         self._last_updates: tuple[Update, ...] = ()
+        # Where clients keep something of their own, a run cannot go on without them.
+        self._checkpoints = None if needs_memory(experiment, self._strategy) else checkpoints
+        if self._checkpoints and (progress := self._checkpoints.load()):
+            self._state, self._accepted = progress.state, progress.accepted
+            self._rows, self._start_scores = list(progress.rows), progress.start
+        self._earlier_rounds = len(self._rows)
+
+    @property
+    def rounds_to_go(self) -> int:
+        """Return how many rounds an earlier run has left; Flower counts these from 1."""
+        return self._experiment.federation.rounds - self._earlier_rounds
 
     # --- Flower's hooks ------------------------------------------------------------------------
 
@@ -212,6 +229,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Choose the cohort and write each client's message."""
+        server_round += self._earlier_rounds
         self._round, self._grid = _Round(time.perf_counter()), grid
         cohort = choose_cohort(self._experiment, server_round)
         trains = self._trained_parts()
@@ -229,6 +247,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check what arrived, merge it, and note all that happened."""
+        server_round += self._earlier_rounds
         by_question = {reply.metadata.reply_to_message_id: reply for reply in replies}
         clients, updates = [], []
         for sent in self._round.sent:
@@ -283,6 +302,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         These parcels are not noted as arrived, since clients forget them: scoring has bytes of its
         own, and saves training none.
         """
+        server_round += self._earlier_rounds
         self._own_scores, self._round.asked = [], []
         if not (self._strategy.personalised and self._is_due(server_round)):
             return []
@@ -299,6 +319,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Collect what clients say of their own models."""
+        server_round += self._earlier_rounds
         by_question = {reply.metadata.reply_to_message_id: reply for reply in replies}
         for sent in self._round.asked:
             reply = by_question.get(sent.message.metadata.message_id)
@@ -319,16 +340,22 @@ class FedcopraStrategy(FlowerStrategyBase):
         """Score the served model; round 0 is the common start."""
         began = time.perf_counter()
         if server_round == 0:
-            self._start_scores = self._evaluator.evaluate(
-                self._strategy.serve(self._state), self._shards
-            )
+            if self._start_scores is None:
+                self._start_scores = self._evaluator.evaluate(
+                    self._strategy.serve(self._state), self._shards
+                )
             return None
+        server_round += self._earlier_rounds
         scores = self._scores() if self._is_due(server_round) else _NOT_SCORED
         seconds = self._round.row["seconds"]
         seconds["evaluation"] = time.perf_counter() - began
         seconds["wall"] = time.perf_counter() - self._round.began
         row = self._round.row | scores
         self._rows.append(row)
+        if self._checkpoints and self._start_scores:
+            self._checkpoints.save(
+                Progress(self._state, tuple(self._rows), self._start_scores, self._accepted)
+            )
         self._on_round(row)
         return None
 
@@ -542,19 +569,22 @@ _WANTED_ANSWERS: Mapping[str, Callable[[Update, LocalRules, Tensors], Sequence[S
 _NOT_SCORED = {"accuracy": None, "loss": None, "own_accuracy": None, "own_loss": None}
 
 
+def needs_memory(experiment: Experiment, strategy: Strategy) -> str:
+    """Say what clients have to remember from round to round, or nothing if they need not."""
+    rules = strategy.rules
+    if rules.keeps or rules.control_variates or rules.sketch:
+        return f"strategy {experiment.strategy_name} needs clients that remember"
+    if experiment.wire.up != "float32" and rules.steady:
+        return f"wire.up = {experiment.wire.up!r} feeds back what it lost, which clients remember"
+    return ""
+
+
 def _refuse_without_memory(experiment: Experiment, strategy: Strategy) -> None:
     """Refuse what needs clients that remember, where several share a node."""
-    rules, name = strategy.rules, experiment.strategy_name
-    if rules.keeps or rules.control_variates or rules.sketch:
+    if why := needs_memory(experiment, strategy):
         raise ConfigError(
-            f"share_nodes = true: strategy {name} needs clients that remember, one node each; "
-            "set share_nodes = false and start as many nodes as partition.clients"
-        )
-    if experiment.wire.up != "float32" and rules.steady:
-        raise ConfigError(
-            f"share_nodes = true: wire.up = {experiment.wire.up!r} feeds back what it lost, which "
-            "needs clients that remember, one node each; set share_nodes = false, or wire.up = "
-            "'float32'"
+            f"share_nodes = true: {why}, one node each; set share_nodes = false and start as many "
+            "nodes as partition.clients"
         )
 
 
