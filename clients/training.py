@@ -156,7 +156,7 @@ def _keep_statistics(module: nn.Module) -> None:
 def _dropped_blocks(
     blocks: list[list[Any]], run: LocalRun, step: int, copra: Copra, stream: torch.Generator
 ) -> AbstractContextManager[None]:
-    if not copra.enabled:
+    if not copra.enabled or step >= run.steps - math.ceil(copra.whole * run.steps):
         return nullcontext()
     at, of = {
         "run": (run.first_step + step, run.total_steps),

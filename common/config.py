@@ -224,6 +224,9 @@ class Copra(_Table):
     over: Literal["run", "round"] = Field(
         "run", description="whose steps: one ramp over the whole run, or one a round"
     )
+    whole: float = Field(
+        0.0, ge=0, le=1, description="share of each round's steps, its last, with every block on"
+    )
 
 
 class Nemesis(_Table):

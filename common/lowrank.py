@@ -131,13 +131,26 @@ def best_of_dense(matrix: Tensor, rank: int) -> tuple[SVD, float]:
     tall = matrix.shape[0] > matrix.shape[1]
     wide = (matrix.T if tall else matrix).double()
     size = len(wide)
-    _, vectors = scipy.linalg.eigh(
-        (wide @ wide.T).numpy(), subset_by_index=[max(0, size - rank), size - 1], driver="evx"
-    )
-    leading = torch.from_numpy(vectors).flip(1)
-    X, S, Yh = torch.linalg.svd(leading.T @ wide, full_matrices=False)
+    try:
+        _, vectors = scipy.linalg.eigh(
+            (wide @ wide.T).numpy(), subset_by_index=[max(0, size - rank), size - 1], driver="evx"
+        )
+        leading = torch.from_numpy(vectors).flip(1)
+    except scipy.linalg.LinAlgError:  # inverse iteration may fail where values lie close together
+        leading = _thin_svd(wide)[0][:, :rank]
+    X, S, Yh = _thin_svd(leading.T @ wide)
     left, right = leading @ X, Yh.T
     return _signed(right, S, left) if tall else _signed(left, S, right), float(wide.square().sum())
+
+
+def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and Vᵀ; by LAPACK's slow and sure driver where torch's does not converge."""
+    try:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        found = scipy.linalg.svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
+        U, S, Vh = (torch.from_numpy(part) for part in found)
+    return U, S, Vh
 
 
 def _signed(U: Tensor, S: Tensor, V: Tensor) -> SVD:
@@ -180,7 +193,7 @@ class Span:
         The entry of largest magnitude of every left singular vector is positive, so that the same
         matrix always gives the same factors.
         """
-        X, S, Yh = torch.linalg.svd(self.core(coefficients), full_matrices=False)
+        X, S, Yh = _thin_svd(self.core(coefficients))
         return _signed(self._P.times(X), S, self._Q.times(Yh.T))
 
     def best(self, coefficients: Sequence[float | Tensor], rank: int) -> tuple[SVD, float]:
@@ -190,7 +203,7 @@ class Span:
         """
         core = self.core(coefficients)
         if min(core.shape) < _FEW * rank:
-            X, S, Yh = torch.linalg.svd(core, full_matrices=False)
+            X, S, Yh = _thin_svd(core)
             found = SVD(X, S, Yh.T).truncated(rank)
         else:
             found, _ = best_of_dense(core, rank)

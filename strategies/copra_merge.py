@@ -15,7 +15,7 @@ would shrink it every round. Specification 7; the coefficients are found in `cop
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -33,6 +33,7 @@ from common.lowrank import (
     Span,
     Term,
     adapted_modules,
+    is_factor,
     named_factors,
 )
 from common.rules import TURNING
@@ -64,9 +65,16 @@ from strategies.copra_weights import (
     choose_step,
     discount_barriers,
     judged,
+    lines_of,
+    shorten,
     tilt,
     veto,
     without,
+)
+
+_ENOUGH_KEPT = 0.9
+_TOO_LITTLE_KEPT = (
+    f"of some module the rank keeps less than {_ENOUGH_KEPT:.0%} of the energy; raise server_rank"
 )
 
 
@@ -88,6 +96,9 @@ class CopraMergeOptions(Options):
             standard errors.
         barrier_limit: count clients behind a loss barrier less, and veto those behind one of this
             share of the loss at the start; 0 looks for none. Costs two evaluations a client.
+        shorten: shorten increments whose client does best before the median client's best position
+            on the way from its start, down to half. Costs two evaluations a client, which
+            `barrier_limit` shares.
         tilt_steps: steps of exponentiated gradient on the weights; each costs a backward pass.
         step_lengths: other lengths of the step to try beside 1.
     """
@@ -101,6 +112,7 @@ class CopraMergeOptions(Options):
     screening: Literal["gradient", "none"] = "gradient"
     veto_z: float = Field(2.0, gt=0)
     barrier_limit: float = Field(0.0, ge=0)
+    shorten: bool = False
     tilt_steps: int = Field(0, ge=0)
     # Never 0: a run that once chose to stand still would stay there.
     step_lengths: tuple[float, ...] = Field((), strict=False)
@@ -151,7 +163,7 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
         elif len(updates) < SMALLEST_COHORT:
             chosen = Chosen(plain, {"decision": "too few clients to probe: weighted increments"})
         else:
-            chosen = _choose(_Probed(merger, probe), plain, options)
+            chosen = _choose(_Probed(merger, probe, plain.limits), plain, options)
         merged = merger.candidate(chosen.proposal)
         weights = {
             str(u.client.client): w for u, w in zip(updates, chosen.proposal.weights, strict=True)
@@ -160,7 +172,7 @@ def copra_merge(options: CopraMergeOptions, setting: Setting) -> Strategy:
         return Merged(
             {**merged.tensors, **counted(state)},
             {
-                "kept_energy": merged.kept_energy,
+                **merged.energies(),
                 "clipped": clipped,
                 "vetoed": [],
                 **chosen.notes,
@@ -197,8 +209,8 @@ def _choose(trial: "_Probed", plain: Proposal, options: CopraMergeOptions) -> Ch
     steps: list[Callable[[Proposal], Chosen]] = [
         lambda at: veto(trial, at, options.veto_z, options.screening == "gradient")
     ]
-    if options.barrier_limit:
-        steps.append(lambda at: discount_barriers(trial, at, options.barrier_limit))
+    if options.barrier_limit or options.shorten:
+        steps.append(lambda at: _along_lines(trial, at, options))
     if options.tilt_steps:
         steps.append(lambda at: tilt(trial, at, plain.weights, options.tilt_steps))
     if options.step_lengths:
@@ -207,6 +219,8 @@ def _choose(trial: "_Probed", plain: Proposal, options: CopraMergeOptions) -> Ch
     for step in steps:
         found = step(proposal)
         proposal, notes = found.proposal, notes | found.notes
+        if not any(proposal.weights):
+            return Chosen(plain, notes | {"decision": "nobody is left: weights by data"})
     if proposal == plain:
         return Chosen(plain, notes | {"decision": "nothing better was found: weights by data"})
     z = judged(trial, plain, proposal)
@@ -216,6 +230,18 @@ def _choose(trial: "_Probed", plain: Proposal, options: CopraMergeOptions) -> Ch
         return Chosen(proposal, notes | {"vetoed": left_out, "judged_z": z, "decision": said})
     said = f"proposal dropped: the judging half gains only {z:.1f} standard errors"
     return Chosen(plain, notes | {"judged_z": z, "decision": said})
+
+
+def _along_lines(trial: "_Probed", start: Proposal, options: CopraMergeOptions) -> Chosen:
+    """Do what the lines to the clients suggest: discount barriers, shorten increments, or both."""
+    lines = lines_of(trial, start)
+    found = Chosen(start)
+    if options.barrier_limit:
+        found = discount_barriers(trial, start, lines, options.barrier_limit)
+    if not options.shorten or not any(found.proposal.weights):
+        return found
+    shortened = shorten(trial, found.proposal, lines)
+    return Chosen(shortened.proposal, found.notes | shortened.notes)
 
 
 def _candidates(merger: "_Merger", plain: Proposal) -> list[Proposal]:
@@ -235,8 +261,8 @@ def _candidates(merger: "_Merger", plain: Proposal) -> list[Proposal]:
 class _Probed:
     """The models of a round, scored on probe rows; a model is merged once for several questions."""
 
-    def __init__(self, merger: "_Merger", probe: Probe) -> None:
-        self._merger, self._probe = merger, probe
+    def __init__(self, merger: "_Merger", probe: Probe, limits: tuple[float, ...]) -> None:
+        self._merger, self._probe, self._limits = merger, probe, limits
         self._merged: dict[Proposal, Tensors] = {}
         self._known: tuple[Proposal, slice, Tensor] | None = None
 
@@ -257,7 +283,7 @@ class _Probed:
 
     def along(self, client: int, position: float, rows: slice) -> Tensor:
         one = tuple(float(k == client) for k in range(len(self.clients)))
-        return self.losses(Proposal(one, (1.0,) * len(one), position), rows)
+        return self.losses(Proposal(one, self._limits, position), rows)
 
     def _model(self, proposal: Proposal) -> Tensors:
         if proposal not in self._merged:
@@ -274,9 +300,45 @@ def _at_once(work: Callable[[str], _T], modules: Sequence[str]) -> dict[str, _T]
 
 
 @dataclass(frozen=True)
+class _Spectrum:
+    """Squares of a module's singular values: the largest, those that are kept, and all of them."""
+
+    largest: float
+    kept: float
+    whole: float
+
+    @property
+    def kept_energy(self) -> float:
+        return self.kept / self.whole if self.whole > 0 else 1.0
+
+    @property
+    def stable_rank(self) -> float | None:
+        return self.whole / self.largest if self.largest > 0 else None
+
+
+@dataclass(frozen=True)
 class _Candidate:
     tensors: Tensors
-    kept_energy: float
+    spectra: Mapping[str, _Spectrum]
+
+    def energies(self) -> dict[str, Any]:
+        """Return what truncation keeps, of all and by module, with an alarm where that is little.
+
+        `kept_energy` is `Σ_{i<=R} σ_i² / Σ σ_i²`, `stable_rank` `Σ σ_i² / σ_1²` (7.1).
+        """
+        spectra = self.spectra.values()
+        together = _Spectrum(0.0, sum(s.kept for s in spectra), sum(s.whole for s in spectra))
+        least = min(s.kept_energy for s in spectra)
+        alarm = {"alarm": _TOO_LITTLE_KEPT} if least < _ENOUGH_KEPT else {}
+        return {
+            "kept_energy": together.kept_energy,
+            "least_kept_energy": least,
+            "energy": {
+                module: {"kept_energy": s.kept_energy, "stable_rank": s.stable_rank}
+                for module, s in self.spectra.items()
+            },
+            **alarm,
+        }
 
 
 class _Merger:
@@ -294,20 +356,24 @@ class _Merger:
         self._state, self._updates, self._split = state, updates, split
         self._rank, self._scale, self._seed = rank, scale, seed
         self._modules = adapted_modules(state)
-        returned = [update.tensors for update in updates]
-        self._spans = _at_once(
-            lambda module: Span([Term.of(tensors, module) for tensors in (state, *returned)]),
-            self._modules,
-        )
-        ranks = [(u.client.rank, u.client.scale) for u in updates]
-        own = [torch.full((r, 1), s, dtype=torch.float64) for r, s in ranks]
-        block: Tensor = torch.block_diag(*own)  # type: ignore[no-untyped-call]
+        # What was rounded on its way down is no part of G any more: it is stacked by itself.
+        self._apart = [
+            k for k, update in enumerate(updates) if not _was_sent_exactly(state, update, scale)
+        ]
+        sent = [updates[k].sent for k in self._apart]
+        self._stacked = [state, *(update.tensors for update in updates), *sent]
+        self._spans = _at_once(lambda module: Span(self._terms(module)), self._modules)
         # (K, R): which directions of G each client was sent.
-        self._was_sent = torch.stack(
-            [(torch.arange(rank) < u.client.rank).double() for u in updates]
-        )
-        # (R + Σ r_k, K): every increment as a sum over the span of G and of what came back.
-        self._mixing = torch.cat([-scale * self._was_sent.T, block])
+        shares = [0 if k in self._apart else u.client.rank for k, u in enumerate(updates)]
+        self._was_sent = torch.stack([(torch.arange(rank) < share).double() for share in shares])
+        # (R + Σ r_k, K), and more rows for what is apart: every increment as a sum over the stack.
+        rows = [-scale * self._was_sent.T]
+        rows += [_column(u.client, u.client.scale, k, len(updates)) for k, u in enumerate(updates)]
+        rows += [
+            _column(updates[k].client, -updates[k].client.scale, k, len(updates))
+            for k in self._apart
+        ]
+        self._mixing = torch.cat(rows)
 
     @property
     def clients(self) -> list[int]:
@@ -354,18 +420,20 @@ class _Merger:
         # The sent parts lie in the span of G: they only lower its coefficients.
         remaining = self._scale * (1 - steps @ self._was_sent)
         scaled = [float(c) * u.client.scale for c, u in zip(steps, self._updates, strict=True)]
+        scaled += [-scaled[k] for k in self._apart]
         merged = self._heads(steps.tolist(), proposal.weights)
         found = _at_once(
             lambda module: self._spans[module].best([remaining, *scaled], self._rank),
             self._modules,
         )
-        kept, whole = 0.0, 0.0
+        spectra = {}
         for module, (best, energy) in found.items():
-            kept, whole = kept + float(best.S.square().sum()), whole + energy
+            squares = best.S.square()
+            spectra[module] = _Spectrum(float(squares[0]), float(squares.sum()), energy)
             term = self._split(best, self._scale)
             term = revive_dead_directions(module, term, best.S, self._rank, self._seed)
             merged |= named_factors(module, term)
-        return _Candidate(merged, kept / whole if whole > 0 else 1.0)
+        return _Candidate(merged, spectra)
 
     def _heads(self, steps: Sequence[float], weights: Sequence[float]) -> dict[str, Tensor]:
         """Average increments of heads over the clients that hold them, with the same weights."""
@@ -381,11 +449,14 @@ class _Merger:
                 heads[name] = (head.double() + sum(increments)).to(head.dtype)
         return heads
 
+    def _terms(self, module: str) -> list[Term]:
+        return [Term.of(tensors, module) for tensors in self._stacked]
+
     def increments(self) -> Directions:
         """Return the clients' increments as directions, heads included."""
         stacks = {}
         for module in self._modules:
-            terms = [Term.of(t, module) for t in (self._state, *(u.tensors for u in self._updates))]
+            terms = self._terms(module)
             stacks[module] = Term(
                 torch.cat([term.B for term in terms], dim=1), torch.cat([term.A for term in terms])
             )
@@ -399,3 +470,16 @@ class _Merger:
             for name, head in heads_of(self._state).items()
         }
         return Directions(stacks, self._mixing, heads)
+
+
+def _was_sent_exactly(state: Tensors, update: Update, scale: float) -> bool:
+    """Say whether a client was sent its part of G to the bit."""
+    exact = send_prefix(state, update.client, scale)
+    return all(torch.equal(update.sent[n], t) for n, t in exact.items() if is_factor(n))
+
+
+def _column(client: Client, scale: float, position: int, count: int) -> Tensor:
+    """Return (r, K): the client's factors at this scale, in its own column."""
+    rows = torch.zeros(client.rank, count, dtype=torch.float64)
+    rows[:, position] = scale
+    return rows

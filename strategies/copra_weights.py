@@ -7,7 +7,8 @@ Losses are compared row by row. Source: copra specification 7.3 and 7.4.
 """
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ _SUSPECT = 0.75
 _MOST_TRIED = 2  # a trial costs half of what all slopes cost together
 _TILT_RATE, _TILT_ANCHOR = 2.0, 0.1  # a and ρ of 7.4, step 4
 _MOST_OF_BY_DATA = 3.0
+_SHORTEST = 0.5  # an increment is shortened to half at most
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Trial(Protocol):
         """Return (n, K): their derivatives along each client's increment."""
 
     def along(self, client: int, position: float, rows: slice) -> Tensor:
-        """Return the losses (n,) at `G + λ·D_k`, at the position λ."""
+        """Return the losses (n,) at `G + λ·D_k`, at the position λ; D_k within its length limit."""
 
 
 @dataclass(frozen=True)
@@ -159,19 +161,38 @@ def bump(start: Tensor, middle: Tensor, end: Tensor) -> Bump:
     return Bump(max(0.0, float(over.mean())), standard_error(over), best)
 
 
-def discount_barriers(trial: Trial, start: Proposal, limit: float) -> Chosen:
+@dataclass(frozen=True)
+class Lines:
+    """The lines from the start to each client that still counts.
+
+    Attributes:
+        start: the mean loss at λ = 0, which they share.
+        bumps: by position, what a client's line tells.
+    """
+
+    start: float
+    bumps: Mapping[int, Bump]
+
+
+def lines_of(trial: Trial, proposal: Proposal) -> Lines:
+    """Score the lines at λ = 0, ½ and 1: two evaluations a client, and one (7.3a)."""
+    start = trial.along(0, 0.0, CHOOSE)
+    bumps = {
+        k: bump(start, trial.along(k, 0.5, CHOOSE), trial.along(k, 1.0, CHOOSE))
+        for k, weight in enumerate(proposal.weights)
+        if weight > 0
+    }
+    return Lines(float(start.double().mean()), bumps)
+
+
+def discount_barriers(trial: Trial, start: Proposal, lines: Lines, limit: float) -> Chosen:
     """Count less those clients behind a barrier, `β_k = exp(-max(0, b_k - ε)/τ)` (7.4, step 3).
 
     `ε = max(0.01, 2 SE)` and `τ = 0.05·f(0)`. Vetoed is who stands behind one above `limit·f(0)`
-    and would best stay where it started; at most a third of the cohort, the highest first.
+    and would best stay where it started; at most a third of the cohort, the highest first. All
+    weights are 0 if every β vanishes.
     """
-    at_start = trial.along(0, 0.0, CHOOSE)
-    f0 = float(at_start.double().mean())
-    found = {
-        k: bump(at_start, trial.along(k, 0.5, CHOOSE), trial.along(k, 1.0, CHOOSE))
-        for k, weight in enumerate(start.weights)
-        if weight > 0
-    }
+    f0, found = lines.start, lines.bumps
     notes: dict[str, Any] = {
         "barriers": {str(trial.clients[k]): b.height for k, b in found.items()}
     }
@@ -186,10 +207,27 @@ def discount_barriers(trial: Trial, start: Proposal, limit: float) -> Chosen:
         factors[k] = 0.0
     notes["behind_barriers"] = [trial.clients[k] for k in stuck[: max(0, room)]]
     weights = [w * factors.get(k, 0.0) for k, w in enumerate(start.weights)]
-    total = sum(weights)
-    if total <= 0:
-        return Chosen(start, notes)
+    total = sum(weights) or 1.0
     return Chosen(replace(start, weights=tuple(w / total for w in weights)), notes)
+
+
+def shorten(trial: Trial, start: Proposal, lines: Lines) -> Chosen:
+    """Shorten increments that go too far, by `clip(λ*_k / median_j λ*_j, ½, 1)` (7.4, step 3).
+
+    Against the median, because under label skew every honest client does best before the end of
+    its own line. Where the median stays at the start, nobody is shortened.
+    """
+    best = {k: b.best for k, b in lines.bumps.items() if start.weights[k] > 0}
+    median = statistics.median(best.values())
+    factors = {
+        k: min(max(at / median, _SHORTEST), 1.0) if median else 1.0 for k, at in best.items()
+    }
+    limits = tuple(limit * factors.get(k, 1.0) for k, limit in enumerate(start.limits))
+    notes = {
+        "best_positions": {str(trial.clients[k]): at for k, at in best.items()},
+        "shortened": {str(trial.clients[k]): f for k, f in factors.items() if f < 1},
+    }
+    return Chosen(replace(start, limits=limits), notes)
 
 
 def tilt(trial: Trial, start: Proposal, by_data: Sequence[float], steps: int) -> Chosen:

@@ -69,6 +69,23 @@ def test_the_keep_probability_is_one_and_never_falls(
     assert 0.0 <= now <= later <= 1.0
 
 
+def test_the_schedule_is_off_unless_asked_for_and_then_that_of_coto() -> None:
+    """p from 0.1 over the first three quarters of the run (specification 1.1, 7.9)."""
+    copra = Copra()
+    assert not copra.enabled
+    assert (copra.initial, copra.ramp, copra.over, copra.whole) == (0.1, 0.75, "run", 0.0)
+
+
+@pytest.mark.parametrize(("initial", "skipped"), [(0.1, 0.3375), (0.0, 0.375)])
+def test_a_run_skips_as_many_branches_as_the_schedule_promises(
+    initial: float, skipped: float
+) -> None:
+    """The mean of 1 - p over all steps is ρ(1 - p0)/2."""
+    copra = Copra(enabled=True, initial=initial)
+    off = sum(1 - keep_probability(step, 8000, copra) for step in range(8000)) / 8000
+    assert off == pytest.approx(skipped, abs=1e-4)
+
+
 # --- the switches ---------------------------------------------------------------------------------
 
 
@@ -97,6 +114,14 @@ def test_blocks_are_kept_independently_at_the_probability_asked_for() -> None:
     assert bool(((drawn.mean(dim=0) - 0.6).abs() < 0.036).all())
     together = (drawn[:, 0] * drawn[:, 1]).mean()
     assert abs(float(together) - 0.36) < 0.036
+
+
+def test_a_rescue_adds_as_much_as_it_should_and_less_than_drawing_again() -> None:
+    """Specification 1.2.2: p + (1-p)^L/L = 0.1235 at p = 0.1 and L = 12; redrawing has 0.139."""
+    stream = torch_generator(0, "test")
+    drawn = torch.tensor([draw_switches(12, 0.1, stream) for _ in range(6000)]).double()
+    # Four standard errors of a share of 0.1235 in 72,000 draws, which hardly depend on each other.
+    assert float(drawn.mean()) == pytest.approx(0.1 + 0.9**12 / 12, abs=0.005)
 
 
 def test_at_probability_one_all_blocks_are_on() -> None:
@@ -523,3 +548,94 @@ def test_evaluation_sees_every_block_in_the_midst_of_training(
     for state, answer in midway:
         vit.model.load(state, 2, vit.task)
         assert torch.equal(answer, logits_now(vit.model, batch))
+
+
+@pytest.mark.parametrize("head", [("head",), ()])
+def test_a_step_goes_down_the_loss_of_the_blocks_that_are_on(
+    vit: Trainee, monkeypatch: pytest.MonkeyPatch, head: tuple[str, ...]
+) -> None:
+    """One step of SGD, against the gradient of the model whose other B are zero.
+
+    So nothing is added to the loss, no branch is scaled for the others, and the rate is the usual.
+    """
+    switches = [True, False, False, True]
+    monkeypatch.setattr("clients.training.draw_switches", lambda *_: switches)
+    vit.model.load(vit.start, 2, vit.task)
+    blocks = factors_by_block(vit.model)
+    off = [n for on, fs in zip(switches, blocks, strict=True) if not on for n in fs]
+    zeroed = {n: 0 * t if n in off and "lora_B" in n else t for n, t in vit.start.items()}
+    vit.model.load(zeroed, 2, vit.task)
+    loss_of(vit.model, vit.rows.batch(torch.arange(len(vit.rows)), torch.device("cpu"))).backward()
+    gradients = {n: p.grad for n, p in vit.model.parameters().items()}
+
+    trains = ("lora_A", "lora_B", *head)
+    plain = Train(learning_rate=0.5, batch_size=len(vit.rows), optimiser="sgd", max_grad_norm=1e9)
+    run = LocalRun(RUN.seed, first_step=0, steps=1, total_steps=12, trains=trains)
+    vit.model.load(vit.start, 2, vit.task)
+    trained = train_locally(vit.model, vit.rows, run, plain, ON)
+    assert trained.total_rate == 0.5
+    for name, tensor in vit.model.state().items():
+        gradient = gradients[name]
+        assert gradient is not None
+        moves = name not in off and (name.split(".")[0] != "head" or bool(head))
+        expected = vit.start[name] - 0.5 * gradient * moves
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
+        assert moves == (not torch.equal(tensor, vit.start[name]))
+
+
+def test_without_a_head_there_is_something_to_train_at_every_step(vit: Trainee) -> None:
+    """A trained head would hide a step whose blocks are all off; backward fails without one."""
+    run = LocalRun(RUN.seed, first_step=0, steps=6, total_steps=10**6, trains=("lora_A", "lora_B"))
+    trained = vit.trained(ON, run)
+    assert digest(trained) != digest(vit.start)
+    for name, tensor in trained.items():
+        assert name.split(".")[0] != "head" or torch.equal(tensor, vit.start[name])
+
+
+def test_switches_hold_until_the_backward_pass_is_over(
+    vit: Trainee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradient checkpointing runs forward again there, and must find the same blocks."""
+    drawn: list[list[bool]] = []
+    during: list[list[bool]] = []
+
+    def note(blocks: int, probability: float, stream: torch.Generator) -> list[bool]:
+        drawn.append(draw_switches(blocks, 0.5, stream))
+        return drawn[-1]
+
+    def look(_: Tensor) -> None:
+        blocks = vit.model.blocks
+        during.append([not any(m.disable_adapters for m in block) for block in blocks])
+
+    monkeypatch.setattr("clients.training.draw_switches", note)
+    vit.model.load(vit.start, 2, vit.task)
+    bias = next(p for n, p in vit.model.parameters().items() if n.startswith("head."))
+    bias.requires_grad_(True)
+    hook = bias.register_hook(look)
+    try:
+        vit.trained(ON)
+    finally:
+        hook.remove()
+    assert len(during) == RUN.steps
+    assert during == drawn
+    assert any(not all(switches) for switches in drawn)
+
+
+@pytest.mark.parametrize(("whole", "steps"), [(0.0, 0), (0.25, 2), (0.3, 3), (1.0, 8)])
+def test_the_last_steps_of_a_round_can_be_taken_with_every_block_on(
+    vit: Trainee, monkeypatch: pytest.MonkeyPatch, whole: float, steps: int
+) -> None:
+    """So that what is sent has run together, however low p still is (specification 7.9)."""
+    off: list[int] = []
+    monkeypatch.setattr("clients.training.draw_switches", lambda *_: [True, False, False, False])
+    optimiser_step = torch.optim.AdamW.step
+
+    def note(optimiser: torch.optim.AdamW) -> None:
+        off.append(sum(p.grad is None for p in optimiser.param_groups[0]["params"]))
+        optimiser_step(optimiser)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    run = LocalRun(RUN.seed, first_step=8, steps=8, total_steps=800, trains=RUN.trains)
+    vit.trained(Copra(enabled=True, initial=0.0, whole=whole), run)
+    # Three blocks of two modules with two factors each.
+    assert off == [12] * (8 - steps) + [0] * steps

@@ -23,12 +23,17 @@ from common.candidates import ERRORS, GAINS, scores, unpacked
 from common.tensors import Tensors, digest
 from strategies.base import Client, Update
 from strategies.copra_weights import (
+    Bump,
+    Chosen,
+    Lines,
     Proposal,
     bump,
     by_judges,
     choose_step,
     discount_barriers,
     judged,
+    lines_of,
+    shorten,
     suspects,
     tilt,
     veto,
@@ -141,20 +146,21 @@ def test_a_bumps_standard_error_is_paired() -> None:
 
 @dataclass(frozen=True)
 class Ridge(Bowl):
-    """As the bowl, but on the way to client 3 losses rise by `ridge` before they fall back."""
+    """As the bowl, but on the way to client 3 losses rise by `ridge`, and fall to `end`."""
 
     ridge: float = 0.0
+    end: float = 1.0
 
     def along(self, client: int, position: float, rows: slice) -> Tensor:
         if client != 3:
             return Bowl.along(self, client, position, rows)
-        height = {0.0: 1.0, 0.5: 1.0 + self.ridge, 1.0: 1.0}[position]
+        height = {0.0: 1.0, 0.5: 1.0 + self.ridge, 1.0: self.end}[position]
         return height * Bowl.along(self, 0, 0.0, rows)
 
 
 def test_barriers_are_counted_by_the_formula_and_honest_clients_have_none() -> None:
     ridge = Ridge(HARMED.increments, HARMED.target, ridge=0.1)
-    found = discount_barriers(ridge, even(4), limit=0.25)
+    found = discount_barriers(ridge, even(4), lines_of(ridge, even(4)), limit=0.25)
     over = ridge.along(3, 0.5, slice(0, None, 2)) - ridge.along(3, 0.0, slice(0, None, 2))
     f0, height = float(ridge.along(0, 0.0, slice(0, None, 2)).mean()), float(over.mean())
     slack = max(0.01, 2 * float(over.std()) / math.sqrt(ROWS / 2))
@@ -165,14 +171,112 @@ def test_barriers_are_counted_by_the_formula_and_honest_clients_have_none() -> N
 
 def test_who_stands_behind_a_high_barrier_is_vetoed_within_the_third() -> None:
     ridge = Ridge(HARMED.increments, HARMED.target, ridge=0.5)
-    found = discount_barriers(ridge, even(4), limit=0.25)
+    found = discount_barriers(ridge, even(4), lines_of(ridge, even(4)), limit=0.25)
     assert found.notes["behind_barriers"] == [30]
     assert found.proposal.weights[3] == 0
     # One of four has gone already: there is no room for another.
     three = replace(even(4), weights=(0.5, 0.0, 0.25, 0.25))
-    later = discount_barriers(ridge, three, limit=0.25)
+    later = discount_barriers(ridge, three, lines_of(ridge, three), limit=0.25)
     assert later.notes["behind_barriers"] == []
     assert 0 < later.proposal.weights[3] < 1e-3
+
+
+LEVEL = Bump(0.0, 0.0, 1.0)
+
+
+def discounted(*bumps: Bump, start: float = 1.0, limit: float = 0.25) -> Chosen:
+    lines = Lines(start, dict(enumerate(bumps)))
+    return discount_barriers(HARMED, even(4), lines, limit)
+
+
+@pytest.mark.parametrize(
+    ("height", "error", "beyond"),
+    [(0.009, 0.0, 0.0), (0.02, 0.0, 0.01), (0.02, 0.009, 0.002), (0.02, 0.02, 0.0)],
+)
+def test_a_barrier_within_a_hundredth_or_two_standard_errors_costs_nothing(
+    height: float, error: float, beyond: float
+) -> None:
+    """ε = max(0.01, 2 SE), and τ is a twentieth of the loss at the start."""
+    for start in (1.0, 0.5):
+        found = discounted(LEVEL, LEVEL, LEVEL, Bump(height, error, 0.0), start=start)
+        beta = math.exp(-beyond / (0.05 * start))
+        assert found.proposal.weights[3] == pytest.approx(beta / (3 + beta))
+
+
+def test_a_barrier_before_a_better_end_is_discounted_and_not_vetoed() -> None:
+    """A veto needs both: a high barrier, and a line on which the start is best."""
+    behind, over = Bump(0.3, 0.0, 0.0), Bump(0.3, 0.0, 1.0)
+    assert discounted(LEVEL, LEVEL, LEVEL, behind).proposal.weights[3] == 0
+    kept = discounted(LEVEL, LEVEL, LEVEL, over)
+    assert kept.notes["behind_barriers"] == []
+    assert 0 < kept.proposal.weights[3] < 0.01
+    ridge = Ridge(HARMED.increments, HARMED.target, ridge=0.5, end=0.4)
+    assert lines_of(ridge, even(4)).bumps[3].best == 1
+
+
+def test_where_everybody_is_behind_a_barrier_nobody_is_left() -> None:
+    found = discounted(*[Bump(100.0, 0.0, 0.0)] * 4)
+    assert found.proposal.weights == (0, 0, 0, 0)
+    assert len(found.notes["behind_barriers"]) == 1  # at most a third is vetoed outright
+
+
+def test_lines_are_scored_at_two_points_a_client_and_one_for_all() -> None:
+    asked: list[tuple[int, float]] = []
+
+    class Asked(Bowl):
+        def along(self, client: int, position: float, rows: slice) -> Tensor:
+            asked.append((client, position))
+            return Bowl.along(self, client, position, rows)
+
+    found = lines_of(Asked(HARMED.increments, HARMED.target), without(even(4), 1))
+    assert sorted(asked) == [(0, 0.0), *((k, at) for k in (0, 2, 3) for at in (0.5, 1.0))]
+    assert sorted(found.bumps) == [0, 2, 3]
+    assert found.start == pytest.approx(float(HARMED.along(0, 0.0, slice(0, None, 2)).mean()))
+
+
+# --- increments that go too far -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("best", "factors"),
+    [
+        # The median is 0.8: half of it is the least, and more than it is no reason to lengthen.
+        ((0.8, 0.6, 1.2, 0.0, 0.8), (1, 0.75, 1, 0.5, 1)),
+        # All do best early, as under label skew: nobody is singled out.
+        ((0.3, 0.3, 0.3, 0.3, 0.3), (1, 1, 1, 1, 1)),
+        ((0.0, 0.0, 0.0, 1.5, 1.0), (1, 1, 1, 1, 1)),
+    ],
+)
+def test_increments_are_shortened_against_the_medians_best_position(
+    best: tuple[float, ...], factors: tuple[float, ...]
+) -> None:
+    trial = bowl(*[[0.1 * k, 0.0] for k in range(5)])
+    lines = Lines(1.0, {k: Bump(0.0, 0.0, at) for k, at in enumerate(best)})
+    start = replace(even(5), limits=(0.2, 1.0, 1.0, 0.4, 1.0))
+    found = shorten(trial, start, lines)
+    limits = [limit * f for limit, f in zip(start.limits, factors, strict=True)]
+    assert found.proposal.limits == pytest.approx(limits)
+    assert found.proposal.weights == start.weights
+    shorter = {str(10 * k): f for k, f in enumerate(factors) if f < 1}
+    assert found.notes["shortened"] == pytest.approx(shorter)
+
+
+def test_who_is_out_has_no_say_in_the_median() -> None:
+    trial = bowl(*[[0.1 * k, 0.0] for k in range(4)])
+    lines = Lines(1.0, {k: Bump(0.0, 0.0, at) for k, at in enumerate((0.4, 0.8, 0.8, 0.0))})
+    found = shorten(trial, without(even(4), 3), lines)
+    assert found.proposal.limits == pytest.approx((0.5, 1, 1, 1))
+
+
+def test_the_best_position_of_a_quadratic_is_its_minimum() -> None:
+    """An increment of three times the way to the target does best after a third of it."""
+    trial = bowl([1.0, 0.0], [1.0, 0.0], [3.0, 0.0], [1.0, 0.0])
+    lines = lines_of(trial, even(4))
+    assert lines.bumps[2].best == pytest.approx(lines.bumps[0].best / 3)
+    assert shorten(trial, even(4), lines).proposal.limits == pytest.approx((1, 1, 0.5, 1))
+
+
+# --- tilts and steps ------------------------------------------------------------------------------
 
 
 def test_a_tilt_goes_downhill_and_keeps_its_caps() -> None:
@@ -197,6 +301,16 @@ def test_one_step_of_the_tilt_is_the_formula() -> None:
     assert found.weights == pytest.approx((turned / turned.sum()).tolist())
 
 
+def test_a_tilt_is_drawn_back_to_the_weights_by_data() -> None:
+    """`w^(1-aρ)·(w⁰)^(aρ)`, with a = 2 and ρ = 0.1; equal slopes leave the anchor alone to pull."""
+    same = bowl([0.5, 0.0], [0.5, 0.0], [0.5, 0.0])
+    start, by_data = Proposal((0.5, 0.3, 0.2), (1.0,) * 3), (0.2, 0.3, 0.5)
+    w, w0 = (torch.tensor(values, dtype=torch.float64) for values in (start.weights, by_data))
+    drawn = w**0.8 * w0**0.2
+    expected = (drawn / drawn.sum()).tolist()
+    assert tilt(same, start, by_data, steps=1).proposal.weights == pytest.approx(expected)
+
+
 def test_equal_slopes_tilt_nothing() -> None:
     same = bowl([0.5, 0.0], [0.5, 0.0], [0.5, 0.0])
     uneven = Proposal((0.6, 0.3, 0.1), (1.0,) * 3)
@@ -215,6 +329,35 @@ def test_a_longer_step_is_taken_where_it_pays() -> None:
     assert choose_step(short, even(3), (0.5, 1.5)).proposal.step == 1.5
     there = bowl([1.0, 0.0], [1.0, 0.0], [1.0, 0.0])
     assert choose_step(there, even(3), (0.5, 1.5)).proposal.step == 1.0
+
+
+@dataclass(frozen=True)
+class Known(Bowl):
+    """Losses that fall by z standard errors, of a hundred rows, from plain steps to others."""
+
+    z: float = 0.0
+
+    def losses(self, proposal: Proposal, rows: slice) -> Tensor:
+        swing = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(2).repeat(50)
+        moved = proposal != even(3)
+        return (5 - moved * (swing + self.z * float(swing[::2].std()) / 10))[rows]
+
+
+@pytest.mark.parametrize(("z", "taken"), [(0.5, False), (0.9, False), (1.1, True), (-2.0, False)])
+def test_another_step_has_to_gain_more_than_one_standard_error(z: float, taken: bool) -> None:
+    trial = Known(torch.zeros(3, 2), HARMED.target, z)
+    found = choose_step(trial, even(3), (0.75,))
+    assert found.notes["step_z"] == {"0.75": pytest.approx(z)}
+    assert found.proposal.step == (0.75 if taken else 1.0)
+
+
+def test_who_hurts_no_more_once_the_worst_is_gone_is_kept() -> None:
+    """Beside the last but one the last hurts too; without it the five meet at the target."""
+    pulled = bowl(*[[1.125, -0.1]] * 4, [-1.5, 0.0], [0.5, 0.4])
+    for screened in (True, False):
+        found = veto(pulled, even(6), 2.0, screened=screened)
+        assert 2 < found.notes["leave_one_out_z"]["50"] < found.notes["leave_one_out_z"]["40"]
+        assert found.notes["proposed"] == [40]
 
 
 def test_the_judge_is_the_other_half() -> None:
@@ -248,6 +391,7 @@ def head_losses(tensors: Tensors, rows: slice) -> Tensor:
     "options",
     [
         {"barrier_limit": 0.25},
+        {"shorten": True},
         {"tilt_steps": 5},
         {"step_lengths": (0.75, 1.25)},
         {"tilt_steps": 5, "step_lengths": (0.75, 1.25), "barrier_limit": 0.25},

@@ -1,6 +1,9 @@
 """Factored algebra against the same sums made dense, in float64."""
 
+from collections.abc import Callable
+
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from common.lowrank import (
     SVD,
+    RunningSum,
     Span,
     Term,
     adapted_modules,
@@ -294,3 +298,76 @@ def test_inner_products_of_mixtures_are_those_of_full_matrices() -> None:
     A = torch.cat([t.A for t in terms]).double()
     flat = torch.stack([((B * c) @ A).flatten() for c in mixing.T])
     torch.testing.assert_close(Span(terms).gram(mixing), flat @ flat.T, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_where_a_driver_does_not_converge_another_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Rank 2 of 12 directions goes by leading eigenvectors, rank 6 by the SVD of the core."""
+    span = Span([random_term(k, 14, 12, 6) for k in range(2)])
+    whole, (best, energy) = span.svd([1.0, -0.4]), span.best([1.0, -0.4], rank)
+
+    def fails(error: type[Exception]) -> Callable[..., None]:
+        def driver(*_: object, **__: object) -> None:
+            raise error("it did not converge")
+
+        return driver
+
+    monkeypatch.setattr(torch.linalg, "svd", fails(torch.linalg.LinAlgError))
+    monkeypatch.setattr(scipy.linalg, "eigh", fails(scipy.linalg.LinAlgError))
+    torch.testing.assert_close(span.svd([1.0, -0.4]).dense(), whole.dense(), rtol=0, atol=1e-11)
+    again, same = span.best([1.0, -0.4], rank)
+    torch.testing.assert_close(again.S, best.S, rtol=1e-9, atol=0)
+    torch.testing.assert_close(again.dense(), best.dense(), rtol=0, atol=1e-8)
+    assert same == energy
+
+
+def test_bfloat16_factors_are_added_in_float64() -> None:
+    terms = [random_term(k, 12, 10, 4) for k in range(3)]
+    halves = [Term(t.B.bfloat16(), t.A.bfloat16()) for t in terms]
+    coefficients = [0.3, -0.5, 1.2]
+    svd = Span(halves).svd(coefficients)
+    assert relative_error(svd.dense(), dense_sum(halves, coefficients)) < 1e-12
+
+
+# --- sums in bounded memory -----------------------------------------------------------------------
+
+
+def decaying(seed: int, m: int, n: int, rank: int) -> Term:
+    """A term whose directions grow smaller, and whose first ones all terms share."""
+    common, own = stream(99), stream(seed)
+    shared_B = torch.randn(m, rank, generator=common, dtype=torch.float64)
+    shared_A = torch.randn(rank, n, generator=common, dtype=torch.float64)
+    B = shared_B + 0.3 * torch.randn(m, rank, generator=own, dtype=torch.float64)
+    A = shared_A + 0.3 * torch.randn(rank, n, generator=own, dtype=torch.float64)
+    return Term(B * 0.6 ** torch.arange(rank), A)
+
+
+@pytest.mark.parametrize("limit", [4, 8, 16])
+def test_a_bounded_sum_is_as_near_as_it_says_and_holds_no_more_than_it_may(limit: int) -> None:
+    terms = [decaying(k, 40, 30, 4) for k in range(12)]
+    exact = dense_sum(terms, [1 / 12] * 12)
+    running, held = RunningSum(limit), []
+    for term in terms:
+        running.add(1 / 12, term)
+        held.append(sum(t.rank for _, t in running._terms))
+    error = float((running.svd().dense() - exact).norm())
+    tail = float(torch.linalg.svdvals(exact)[limit:].norm())
+    assert tail * (1 - 1e-5) <= error <= running.dropped
+    assert max(held[1:]) <= limit
+    # Of what is served, rank 4, next to nothing is lost with a buffer of twice the rank.
+    if limit >= 8:
+        best = dense_truncation(exact, 4)
+        found = running.svd().truncated(4).dense()
+        assert float((found - exact).norm()) < 1.05 * float((best - exact).norm())
+
+
+def test_a_sum_without_a_limit_is_exact() -> None:
+    terms = [decaying(k, 40, 30, 4) for k in range(12)]
+    running = RunningSum()
+    for term in terms:
+        running.add(1 / 12, term)
+    assert running.dropped == 0
+    assert relative_error(running.svd().dense(), dense_sum(terms, [1 / 12] * 12)) < 1e-12
+    assert relative_error(running.svd(3.0).dense(), dense_sum(terms, [0.25] * 12)) < 1e-12

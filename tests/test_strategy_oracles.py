@@ -3,10 +3,13 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_federation import (
     LORA_METHODS,
     MODULES,
@@ -32,7 +35,7 @@ from toy_federation import (
     updates_of,
 )
 
-from common.lowrank import Term, factor_names
+from common.lowrank import Directions, Term, factor_names
 from common.residuals import residual_name
 from common.tensors import Tensors, digest
 from strategies.aggregation_error import aggregation_error
@@ -385,6 +388,260 @@ def test_idle_clients_of_unequal_ranks_leave_the_global_delta_alone() -> None:
         assert after[7] < 0.06 * before[7]
 
 
+def halved(tensors: Tensors) -> dict[str, Tensor]:
+    """What arrives of a model that travels in half precision."""
+    return {name: tensor.half().float() for name, tensor in tensors.items()}
+
+
+def updates_after_rounding(
+    strategy: Strategy, state: Tensors, clients: Sequence[Client], train: Train
+) -> list[Update]:
+    """Updates of clients to whom the way down was narrow; every second one, so that both occur."""
+    updates = []
+    for u in updates_of(strategy, state, clients, idle):
+        sent = halved(u.sent) if u.client.client % 2 else u.sent
+        updates.append(Update(u.client, u.num_examples, dict(train(u.client, sent)), sent))
+    return updates
+
+
+@pytest.mark.parametrize("ranks", [(4,), RANKS])
+def test_increments_are_taken_from_what_was_really_sent(ranks: tuple[int, ...]) -> None:
+    """Half precision keeps three digits; G has to be left alone to seven."""
+    strategy = build("copra-merge", max(ranks), norm_limit=1000.0)
+    everyone = cohort(*FULL, ranks=ranks)
+    state = play(strategy, [everyone] * 2, state=strategy.start(common_start(max(ranks))))
+    assert any(
+        not torch.equal(sent[n], halved(sent)[n])
+        for who in everyone
+        for sent in [strategy.send(state, who)]
+        for n in sent
+    )
+    back = updates_after_rounding(strategy, state, everyone, idle)
+    merged = strategy.merge(state, back, None).state
+    assert_same_models(strategy.serve(merged), strategy.serve(state), 2e-6)
+
+    updates = updates_after_rounding(strategy, state, everyone, drift(3))
+    exact = exact_increment_merge(strategy, state, updates, shares_of(updates))
+    found = strategy.merge(state, updates, None).state
+    assert_close(deltas(strategy.serve(found)[0]), exact, 2e-6)
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_the_probe_is_asked_for_slopes_along_the_increments(rounding: bool) -> None:
+    """Every direction is `ΔW_k - S_k` of its client, and the change of its heads."""
+    strategy = build("copra-merge", 8)
+    everyone = cohort(*FULL, ranks=RANKS)
+    state = play(strategy, [everyone], state=strategy.start(common_start(8)))
+    make = updates_after_rounding if rounding else updates_of
+    updates = make(strategy, state, everyone, drift(3))
+    asked: list[Directions] = []
+
+    def slopes(_: Tensors, directions: Directions, rows: slice) -> tuple[Tensor, Tensor]:
+        asked.append(directions)
+        return torch.ones(64)[rows], torch.zeros(64, 4)[rows]
+
+    strategy.merge(state, updates, Probe(lambda _, rows: torch.ones(64)[rows], slopes))
+    (directions,) = asked
+    for k, u in enumerate(updates):
+        for module, stack in directions.stacks.items():
+            found = (stack.B.double() * directions.mixing[:, k]) @ stack.A.double()
+            moved = [delta_of(t, module, u.client.scale) for t in (u.tensors, u.sent)]
+            torch.testing.assert_close(found, moved[0] - moved[1], rtol=0, atol=1e-6)
+        for name, changes in directions.entries.items():
+            assert torch.equal(changes[k], u.tensors[name] - u.sent[name])
+
+
+@pytest.mark.parametrize("ranks", [(4,), RANKS])
+def test_a_block_that_a_client_never_trained_adds_nothing_there(ranks: tuple[int, ...]) -> None:
+    """As where CopRA's switches kept it off all round: D_k = 0 in that module, and only there."""
+    strategy = build("copra-merge", max(ranks), norm_limit=1000.0)
+    everyone = cohort(*FULL, ranks=ranks)
+    state = play(strategy, [everyone], state=strategy.start(common_start(max(ranks))))
+
+    def train(who: Client, sent: Tensors) -> Tensors:
+        moved = drift(4)(who, sent)
+        asleep = "enc.0." if who.client != 1 else "enc.1."
+        return {n: sent[n] if n.startswith(asleep) else t for n, t in moved.items()}
+
+    updates = updates_of(strategy, state, everyone, train)
+    found = strategy.merge(state, updates, None).state
+    (model,) = strategy.serve(found)
+    exact = exact_increment_merge(strategy, state, updates, shares_of(updates))
+    assert_close(deltas(model), exact, 2e-6)
+    before = deltas(strategy.serve(state)[0])["enc.1.query"]
+    alone = [
+        c if u.client.client == 1 else 0.0 for c, u in zip(shares_of(updates), updates, strict=True)
+    ]
+    of_one = exact_increment_merge(strategy, state, updates, alone)
+    for module in ("enc.0.query", "enc.0.value"):
+        torch.testing.assert_close(deltas(model)[module], of_one[module], rtol=0, atol=1e-5)
+    assert float((deltas(model)["enc.1.query"] - before).norm()) > 0.1
+
+
+def test_other_weights_of_equal_increments_give_the_same_model() -> None:
+    strategy = build("copra-merge", tilt_steps=3, step_lengths=(0.75,), barrier_limit=0.25)
+    state = play(strategy, [cohort(*FULL)])
+    same = updates_of(strategy, state, cohort(*FULL), drift(3, alike=True))
+    probe = target_probe(goal())
+    found = []
+    for rows in ((30, 10, 50, 20), (1, 1000, 1, 5)):
+        updates = [Update(u.client, n, u.tensors, u.sent) for u, n in zip(same, rows, strict=True)]
+        merged = strategy.merge(state, updates, probe)
+        shares = {str(k): n / sum(rows) for k, n in enumerate(rows)}
+        assert merged.diagnostics["weights"] == pytest.approx(shares)
+        found.append(strategy.serve(merged.state))
+    assert_same_models(*found)
+
+
+EVERY_STEP = {
+    "tilt_steps": 4,
+    "step_lengths": (0.75, 1.25),
+    "barrier_limit": 0.25,
+    "shorten": True,
+    "server_rank": 9,
+}
+
+
+def turned(update: Update) -> Update:
+    """Return the update in other factors of the same deltas, `(B·Q)(Q⁻¹·A)`."""
+    draw = torch.Generator().manual_seed(70 + update.client.client)
+    tensors = dict(update.tensors)
+    for module in MODULES:
+        name_B, name_A = factor_names(module)
+        rank = update.client.rank
+        Q = torch.eye(rank).double() + 0.3 * torch.randn(rank, rank, generator=draw).double()
+        tensors[name_B] = (tensors[name_B].double() @ Q).float()
+        tensors[name_A] = torch.linalg.solve(Q, tensors[name_A].double()).float()
+    return Update(update.client, update.num_examples, tensors, update.sent)
+
+
+def probed_round(
+    ranks: tuple[int, ...], options: dict[str, Any]
+) -> tuple[Strategy, Tensors, list[Update], Probe]:
+    """A second round in which one client of four has gone the wrong way."""
+    strategy, target = build("copra-merge", max(ranks), **options), goal()
+    everyone = cohort(*FULL, ranks=ranks)
+    state = play(strategy, [everyone], state=strategy.start(common_start(max(ranks))))
+    train = towards(target, far=[3], times=-2.0)
+    updates = updates_of(strategy, state, everyone, train)
+    return strategy, state, updates, target_probe(target)
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_STEP], ids=["plain", "every step"])
+@pytest.mark.parametrize("ranks", [(4,), RANKS])
+def test_neither_order_nor_gauge_changes_a_probed_merge(
+    ranks: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    strategy, state, updates, probe = probed_round(ranks, options)
+    expected = strategy.merge(state, updates, probe)
+    assert expected.diagnostics["vetoed"] == [3]
+    for other in ([updates[k] for k in (2, 0, 3, 1)], [turned(u) for u in updates]):
+        found = strategy.merge(state, other, probe)
+        assert found.diagnostics["vetoed"] == [3]
+        weights = expected.diagnostics["weights"]
+        assert found.diagnostics["weights"] == pytest.approx(weights, abs=1e-4)
+        assert_same_models(strategy.serve(found.state), strategy.serve(expected.state), 1e-4)
+
+
+# --- copra-merge: what is logged, and what it costs -----------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "alarmed"), [(2, True), (8, False)])
+def test_energy_and_stable_rank_are_told_by_module_with_an_alarm_below_nine_tenths(
+    rank: int, alarmed: bool
+) -> None:
+    strategy = build("copra-merge", 2, server_rank=rank, norm_limit=1000.0)
+    state = strategy.start(common_start(2))
+    updates = updates_of(strategy, state, cohort(*FULL, ranks=(2,)), drift(0))
+    told = strategy.merge(state, updates, None).diagnostics
+    kept = {}
+    for module, exact in mean_deltas(updates).items():
+        squares = torch.linalg.svdvals(exact).square()
+        kept[module] = float(squares[:rank].sum() / squares.sum())
+        assert told["energy"][module] == {
+            "kept_energy": pytest.approx(kept[module], rel=1e-6),
+            "stable_rank": pytest.approx(float(squares.sum() / squares[0]), rel=1e-6),
+        }
+    assert told["least_kept_energy"] == pytest.approx(min(kept.values()), rel=1e-6)
+    assert (min(kept.values()) < 0.9) == alarmed
+    assert ("alarm" in told) == alarmed
+
+
+def test_a_merge_of_nothing_has_no_stable_rank_and_no_alarm() -> None:
+    merged, _ = one_round(build("copra-merge"), cohort(*FULL), idle)
+    assert {e["stable_rank"] for e in merged.diagnostics["energy"].values()} == {None}
+    assert merged.diagnostics["kept_energy"] == merged.diagnostics["least_kept_energy"] == 1
+    assert "alarm" not in merged.diagnostics
+
+
+class NoFullMatrix(TorchDispatchMode):
+    """Refuses every tensor that is as large as a whole delta."""
+
+    def __init__(self, m: int, n: int) -> None:
+        super().__init__()
+        self.sides = {m, n}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, Tensor):
+                assert not self.sides <= set(tensor.shape), func
+        return found
+
+
+def test_no_full_matrix_is_formed_and_one_qr_a_module_serves_every_candidate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modules = {"enc.0.query": (61, 47), "enc.1.query": (61, 47)}
+    monkeypatch.setattr(import_module("strategies.copra_merge"), "cores_here", lambda: 1)
+    decompositions = 0
+    plain = torch.geqrf
+
+    def counted(matrix: Tensor) -> Any:
+        nonlocal decompositions
+        decompositions += 1
+        return plain(matrix)
+
+    monkeypatch.setattr(torch, "geqrf", counted)
+    strategy = build("copra-merge", screening="none", barrier_limit=0.1, step_lengths=(0.75,))
+    state = strategy.start(common_start(modules=modules))
+    updates = updates_of(strategy, state, cohort(*FULL), drift(0))
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.rand(64, generator=draw)
+    probe = Probe(lambda t, part: (rows * t["head.toy.bias"].norm())[part], unasked)
+    with NoFullMatrix(61, 47):
+        merged = strategy.merge(state, updates, probe)
+    assert set(merged.diagnostics["leave_one_out_z"]) == set("0123")
+    assert decompositions == 2 * len(modules)
+
+
+def unasked(*_: Any) -> tuple[Tensor, Tensor]:
+    raise AssertionError("nobody asked for slopes")
+
+
+def test_the_probe_is_asked_as_seldom_as_the_costs_say() -> None:
+    """Honest clients: K + 1 models to leave one out, 2K + 1 along the lines, none to judge."""
+    target = goal()
+    inner = target_probe(target)
+    for options, models in (({}, 4 + 1), ({"barrier_limit": 0.25}, 4 + 1 + 2 * 4 + 1)):
+        asked: list[str] = []
+
+        def losses(tensors: Tensors, rows: slice, asked: list[str] = asked) -> Tensor:
+            asked.append(digest(tensors))
+            return inner.losses(tensors, rows)
+
+        strategy = build("copra-merge", screening="none", veto_z=1e9, **options)
+        one_round(strategy, cohort(*FULL), towards(target), Probe(losses, unasked))
+        assert len(asked) == models
+
+
+def test_512_rows_are_probed_unless_told_otherwise() -> None:
+    """256 were too noisy (specification 7.3)."""
+    assert build("copra-merge").probe_examples == 512
+    assert build("copra-merge", probe_examples=64).probe_examples == 64
+    assert build("copra-merge", probe="none").probe_examples == 0
+
+
 # --- copra-merge: lengths -------------------------------------------------------------------------
 
 
@@ -689,6 +946,26 @@ def test_a_veto_needs_as_many_standard_errors_as_asked_for(
     assert ("proposed" in merged.diagnostics) == bool(vetoed)
 
 
+@pytest.mark.parametrize(("z", "accepted"), [(0.5, False), (0.95, False), (1.05, True)])
+def test_a_proposal_needs_one_standard_error_of_the_judging_half(z: float, accepted: bool) -> None:
+    """As the test above, with the choosing half beyond doubt."""
+    strategy, target = build("copra-merge", screening="none"), goal()
+    half = ROWS_OF_PROBE // 2
+    swing = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(half // 2)
+    factors = torch.empty(ROWS_OF_PROBE, dtype=torch.float64)
+    factors[0::2] = swing + 10.0
+    factors[1::2] = swing + z * float(swing.std()) / half**0.5
+
+    def probe(tensors: Tensors, rows: slice) -> Tensor:
+        rank = Term.of(tensors, "enc.0.query").rank
+        found = {module: delta_of(tensors, module, scale(rank)) for module in MODULES}
+        return (norm_of(minus(found, target)) * factors)[rows]
+
+    merged, _ = one_round(strategy, cohort(*FULL), towards(target, far=[3]), probe_of(probe))
+    assert merged.diagnostics["judged_z"] == pytest.approx(z)
+    assert merged.diagnostics["vetoed"] == ([3] if accepted else [])
+
+
 def test_choosing_and_judging_use_different_rows_and_together_all() -> None:
     strategy = build("copra-merge")
     target, asked = goal(), set[tuple[int, ...]]()
@@ -737,6 +1014,127 @@ def test_losses_that_are_not_numbers_decide_nothing() -> None:
         probe_of(lambda _, rows: torch.full((ROWS_OF_PROBE,), float("nan"))[rows]),
     )
     assert merged.diagnostics["vetoed"] == []
+
+
+# --- copra-merge: lines and steps -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [(4,), RANKS])
+def test_a_longer_step_is_one_of_the_mean_increment(ranks: tuple[int, ...]) -> None:
+    """`T_R(G + η Σ w_k D_k)`: never of factors, whose products would grow with η²."""
+    rank = max(ranks)
+    everyone = cohort(*FULL, ranks=ranks)
+    strategy = build("copra-merge", rank, step_lengths=(0.75, 1.5), veto_z=1e9, norm_limit=1000.0)
+    state = play(strategy, [everyone], state=strategy.start(common_start(rank)))
+    updates = updates_of(strategy, state, everyone, drift(3))
+    aim = exact_increment_merge(
+        strategy, state, updates, [1.5 * share for share in shares_of(updates)]
+    )
+    stepped = strategy.merge(state, updates, target_probe(aim))
+    assert stepped.diagnostics["step"] == 1.5
+    assert_close(served_delta(strategy, stepped), aim, 2e-6)
+    plain = strategy.merge(state, updates, None).state
+    for name, head in heads(state).items():
+        torch.testing.assert_close(
+            stepped.state[name] - head, 1.5 * (plain[name] - head), rtol=1e-4, atol=1e-5
+        )
+
+
+def wavy(draw: torch.Generator) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    """Losses of 64 rows that swing with the delta and the head, so that lines have bumps."""
+    rows = {
+        m: torch.randn(64, size[0] * size[1], generator=draw).double()
+        for m, size in MODULES.items()
+    }
+    last = torch.randn(64, 30, generator=draw).double()
+
+    def losses(found: dict[str, Tensor], head: Tensor) -> Tensor:
+        at = sum((0.05 * rows[m] @ delta.flatten() for m, delta in found.items()))
+        return 2 + torch.cos(at + 0.1 * last @ head.double().flatten())
+
+    return losses
+
+
+@pytest.mark.parametrize("ranks", [(4,), RANKS])
+def test_barriers_are_those_of_dense_models_on_the_lines_to_the_clients(
+    ranks: tuple[int, ...],
+) -> None:
+    """`f_k(λ) = L(T_R(G + λ·D_k))` with its head, D_k within its length limit as it is merged."""
+    rank, losses = max(ranks), wavy(torch.Generator().manual_seed(3))
+    strategy = build("copra-merge", rank, barrier_limit=1e9, veto_z=1e9, norm_limit=1.5)
+    everyone = cohort(*FULL, ranks=ranks)
+    state = play(strategy, [everyone], state=strategy.start(common_start(rank)))
+    updates = updates_of(strategy, state, everyone, longer(4.0, who=2))
+
+    def probe(tensors: Tensors, rows: slice) -> Tensor:
+        found = {m: delta_of(tensors, m, scale(rank)) for m in MODULES}
+        return losses(found, tensors["head.toy.weight"])[rows]
+
+    told = strategy.merge(state, updates, probe_of(probe)).diagnostics
+    lengths = [
+        norm_of(
+            {
+                m: delta_of(u.tensors, m, u.client.scale) - delta_of(u.sent, m, u.client.scale)
+                for m in MODULES
+            }
+        )
+        for u in updates
+    ]
+    limits = [min(1.0, 1.5 * statistics.median(lengths) / length) for length in lengths]
+    assert [limit < 1 for limit in limits] == [u.client.client in told["clipped"] for u in updates]
+    assert 2 in told["clipped"]
+    expected = {}
+    for k, (u, limit) in enumerate(zip(updates, limits, strict=True)):
+        along = []
+        for position in (0.0, 0.5, 1.0):
+            factors = [position * limit * (j == k) for j in range(4)]
+            found = exact_increment_merge(strategy, state, updates, factors)
+            change = u.tensors["head.toy.weight"] - u.sent["head.toy.weight"]
+            head = state["head.toy.weight"] + position * limit * change
+            along.append(float(losses(found, head)[0::2].mean()))
+        expected[str(u.client.client)] = max(0.0, along[1] - (along[0] + along[2]) / 2)
+    assert sum(height > 0.01 for height in expected.values()) >= 2
+    assert told["barriers"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_where_everybody_is_behind_a_barrier_the_data_weighs_and_the_round_is_flagged() -> None:
+    strategy = build("copra-merge", barrier_limit=0.25, tilt_steps=2)
+    state = strategy.start(common_start())
+    updates = updates_of(strategy, state, cohort(*FULL), drift(1, alike=True))
+    start, end = state["head.toy.bias"], updates[0].tensors["head.toy.bias"]
+    way = (end - start).double()
+
+    def probe(tensors: Tensors, rows: slice) -> Tensor:
+        gone = float((tensors["head.toy.bias"] - start).double() @ way / way.square().sum())
+        return (1 + 1e6 * gone * (1 - gone) * torch.ones(64).double())[rows]
+
+    merged = strategy.merge(state, updates, probe_of(probe))
+    assert merged.diagnostics["decision"] == "nobody is left: weights by data"
+    plain = strategy.merge(state, updates, None)
+    assert digest(merged.state) == digest(plain.state)
+    assert merged.diagnostics["weights"] == plain.diagnostics["weights"]
+
+
+def test_an_increment_that_goes_too_far_is_shortened_and_not_left_out() -> None:
+    """Client 3 returns three times the target: its best position is a third of the others'."""
+    target = goal()
+    train = towards(target, far=[3], times=3.0)
+    strategy = build("copra-merge", shorten=True, veto_z=1e9, norm_limit=1000.0)
+    state = strategy.start(common_start())
+    updates = updates_of(strategy, state, cohort(*FULL), train)
+    merged = strategy.merge(state, updates, target_probe(target))
+    assert merged.diagnostics["best_positions"]["3"] == pytest.approx(1 / 3, abs=0.02)
+    factors = [merged.diagnostics["shortened"].get(str(k), 1.0) for k in FULL]
+    assert factors[3] == 0.5
+    assert min(factors[:3]) > 0.9
+    assert merged.diagnostics["judged_z"] > 1
+    shares = {str(k): share for k, share in enumerate(shares_of(updates))}
+    assert merged.diagnostics["weights"] == pytest.approx(shares)
+    steps = [c * f for c, f in zip(shares_of(updates), factors, strict=True)]
+    exact = exact_increment_merge(strategy, state, updates, steps)
+    assert_close(served_delta(strategy, merged), exact)
+    idle_option = build("copra-merge", veto_z=1e9, norm_limit=1000.0)
+    assert "shortened" not in idle_option.merge(state, updates, target_probe(target)).diagnostics
 
 
 # --- controls -------------------------------------------------------------------------------------

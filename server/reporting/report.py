@@ -209,6 +209,7 @@ def render(
         copra_settings=sorted({"on" if copra_enabled(record) else "off" for record in records}),
         vetoes=vetoes(records),
         decisions=decisions(records),
+        alarms=alarms(records),
         diagnostics=diagnostics(groups),
         absences=absences(records),
         environments=environments(records),
@@ -237,7 +238,9 @@ def _task(record: Record) -> str:
 def _examples(record: Record) -> str:
     sizes = record["task"].get("sizes") or {}
     scored = record["task"].get("evaluated_on", "test")
-    return ", ".join(f"{sizes[split]} {split}" for split in ("train", scored) if split in sizes)
+    return ", ".join(
+        f"{sizes[split]} {split}" for split in ("train", "probe", scored) if sizes.get(split)
+    )
 
 
 def _partition(record: Record) -> str:
@@ -390,6 +393,16 @@ def decisions(records: Sequence[Record]) -> list[dict[str, Any]]:
         for record in records
         for entry in record["rounds"]
         if (decision := entry.get("merge", {}).get("decision"))
+    )
+
+
+def alarms(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return what each run's merge warns of, and in which rounds."""
+    return _by_rounds(
+        (record, entry["round"], {"alarm": alarm})
+        for record in records
+        for entry in record["rounds"]
+        if (alarm := entry.get("merge", {}).get("alarm"))
     )
 
 
