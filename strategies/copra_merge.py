@@ -64,6 +64,7 @@ from strategies.copra_weights import (
     by_judges,
     choose_step,
     discount_barriers,
+    dispensable,
     judged,
     lines_of,
     shorten,
@@ -248,14 +249,19 @@ def _candidates(merger: "_Merger", plain: Proposal) -> list[Proposal]:
     """Return what judges compare: weights by data, and these without who agrees least.
 
     A client agrees by the cosine between its increment and the others' mean; without data on the
-    server nothing else is known of it. Left out are the last one, and the last third.
+    server nothing else is known of it. Left out are the last one, and the last third, but never
+    the only one of a task.
     """
     count = len(plain.weights)
     if count < SMALLEST_COHORT:
         return [plain]
     agreement = merger.agreement(plain)
-    last_first = sorted(range(count), key=lambda k: agreement[k])
-    return [plain, *(without(plain, *last_first[:left]) for left in sorted({1, count // 3}))]
+    found = [plain]
+    for k in sorted(range(count), key=lambda k: agreement[k]):
+        if k in dispensable(merger.tasks, found[-1]) and len(found) <= count // 3:
+            found.append(without(found[-1], k))
+    # The first two, and the one without the last third.
+    return [found[k] for k in sorted({0, min(1, len(found) - 1), len(found) - 1})]
 
 
 class _Probed:
@@ -269,6 +275,10 @@ class _Probed:
     @property
     def clients(self) -> Sequence[int]:
         return self._merger.clients
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        return self._merger.tasks
 
     def losses(self, proposal: Proposal, rows: slice) -> Tensor:
         if self._known and self._known[:2] == (proposal, rows):
@@ -379,6 +389,11 @@ class _Merger:
     def clients(self) -> list[int]:
         """Return the clients' numbers."""
         return [update.client.client for update in self._updates]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Return the clients' tasks."""
+        return [update.client.task for update in self._updates]
 
     def length_limits(self, limit: float) -> list[float]:
         """Return for each client the factor (at most 1) that brings its increment to the limit."""

@@ -8,6 +8,7 @@ Losses are compared row by row. Source: copra specification 7.3 and 7.4.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -58,6 +59,10 @@ class Trial(Protocol):
     def clients(self) -> Sequence[int]:
         """Return the numbers of the clients, in the order of weights."""
 
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Return the task of each client."""
+
     def losses(self, proposal: Proposal, rows: slice) -> Tensor:
         """Return the losses (n,) of the model that a proposal gives."""
 
@@ -103,8 +108,9 @@ def suspects(trial: Trial, proposal: Proposal, threshold: float) -> dict[int, fl
 def veto(trial: Trial, start: Proposal, threshold: float, screened: bool) -> Chosen:
     """Leave out, worst first, clients whose absence lowers the loss beyond doubt (7.4, step 2).
 
-    At most a third of the cohort. With `screened` only the two worst suspects are left out one by
-    one to see, and again the two worst after every removal.
+    At most a third of the cohort, and never the last one of a task: other tasks may well be better
+    off without it, and its own would be lost. With `screened` only the two worst suspects are left
+    out one by one to see, and again the two worst after every removal.
     """
     proposal, vetoed = start, list[int]()
     notes: dict[str, Any] = {}
@@ -116,7 +122,7 @@ def veto(trial: Trial, start: Proposal, threshold: float, screened: bool) -> Cho
         )
         if screened and "suspects" not in notes:
             notes["suspects"] = {str(trial.clients[k]): z for k, z in tried.items()}
-        tried = {k: z for k, z in tried.items() if 0 < proposal.weights[k] < 1}
+        tried = {k: z for k, z in tried.items() if k in dispensable(trial.tasks, proposal)}
         if screened:
             tried = dict(sorted(tried.items(), key=lambda item: -item[1])[:_MOST_TRIED])
         if not tried:
@@ -130,6 +136,13 @@ def veto(trial: Trial, start: Proposal, threshold: float, screened: bool) -> Cho
         proposal = without(proposal, worst)
         vetoed.append(trial.clients[worst])
     return Chosen(proposal, notes | ({"proposed": vetoed} if vetoed else {}))
+
+
+def dispensable(tasks: Sequence[str], proposal: Proposal) -> set[int]:
+    """Return the positions of clients that are merged, as is another one of their task."""
+    merged = [k for k, weight in enumerate(proposal.weights) if weight > 0]
+    holders = Counter(tasks[k] for k in merged)
+    return {k for k in merged if holders[tasks[k]] > 1}
 
 
 def without(proposal: Proposal, *clients: int) -> Proposal:
@@ -201,11 +214,13 @@ def discount_barriers(trial: Trial, start: Proposal, lines: Lines, limit: float)
         for k, b in found.items()
     }
     stuck = [k for k, b in found.items() if b.height > limit * f0 and b.best == 0]
-    stuck.sort(key=lambda k: -found[k].height)
-    room = len(trial.clients) // 3 - sum(w == 0 for w in start.weights)
-    for k in stuck[: max(0, room)]:
-        factors[k] = 0.0
-    notes["behind_barriers"] = [trial.clients[k] for k in stuck[: max(0, room)]]
+    left, vetoed = start, list[int]()
+    for k in sorted(stuck, key=lambda k: -found[k].height):
+        room = len(trial.clients) // 3 - sum(w == 0 for w in left.weights)
+        if room > 0 and k in dispensable(trial.tasks, left):
+            left, factors[k] = without(left, k), 0.0
+            vetoed.append(trial.clients[k])
+    notes["behind_barriers"] = vetoed
     weights = [w * factors.get(k, 0.0) for k, w in enumerate(start.weights)]
     total = sum(weights) or 1.0
     return Chosen(replace(start, weights=tuple(w / total for w in weights)), notes)

@@ -49,10 +49,15 @@ class Bowl:
 
     increments: Tensor  # (K, p)
     target: Tensor  # (p,)
+    of_tasks: tuple[str, ...] = ()
 
     @property
     def clients(self) -> Sequence[int]:
         return [10 * k for k in range(len(self.increments))]
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        return self.of_tasks or ("all",) * len(self.increments)
 
     def _gaps(self, coefficients: Sequence[float], rows: slice) -> Tensor:
         draw = torch.Generator().manual_seed(0)
@@ -113,6 +118,24 @@ def test_screening_tries_the_two_worst_suspects_and_then_the_two_worst_that_are_
     found = veto(many, even(10), 2.0, screened=True)
     assert set(found.notes["leave_one_out_z"]) == {"70", "80"}
     assert set(found.notes["proposed"]) == {70, 80, 90}  # the last was not tried at first
+
+
+@pytest.mark.parametrize("screened", [True, False])
+def test_the_last_client_of_a_task_is_never_left_out(screened: bool) -> None:
+    """However much the other tasks would gain: of its own nothing would be left."""
+    alone = replace(HARMED, of_tasks=("a", "a", "a", "b"))
+    found = veto(alone, even(4), 2.0, screened=screened)
+    assert "proposed" not in found.notes
+    assert found.proposal == even(4)
+    shared = replace(HARMED, of_tasks=("a", "a", "b", "b"))
+    assert veto(shared, even(4), 2.0, screened=screened).notes["proposed"] == [30]
+
+
+def test_of_two_harmful_clients_of_a_task_one_stays() -> None:
+    increments = [*([1.0, 0.1 * k] for k in range(-2, 2)), [-2.0, 0.0], [-1.5, 0.0]]
+    both = replace(bowl(*increments), of_tasks=("a",) * 4 + ("b",) * 2)
+    assert len(veto(both, even(6), 2.0, screened=False).notes["proposed"]) == 1
+    assert len(veto(bowl(*increments), even(6), 2.0, screened=False).notes["proposed"]) == 2
 
 
 def test_a_limit_counts_as_a_shorter_increment() -> None:
@@ -345,7 +368,7 @@ class Known(Bowl):
 
 @pytest.mark.parametrize(("z", "taken"), [(0.5, False), (0.9, False), (1.1, True), (-2.0, False)])
 def test_another_step_has_to_gain_more_than_one_standard_error(z: float, taken: bool) -> None:
-    trial = Known(torch.zeros(3, 2), HARMED.target, z)
+    trial = Known(torch.zeros(3, 2), HARMED.target, z=z)
     found = choose_step(trial, even(3), (0.75,))
     assert found.notes["step_z"] == {"0.75": pytest.approx(z)}
     assert found.proposal.step == (0.75 if taken else 1.0)
