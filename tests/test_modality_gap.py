@@ -188,7 +188,7 @@ def test_independent_starts_are_at_the_floor_of_the_biased_estimator() -> None:
 def test_what_has_no_gap_is_refused(settings: dict[str, object], words: str) -> None:
     given: dict[str, object] = {"prompts": {"p": torch.ones(3, 2)}, "batch": 4}
     with pytest.raises(ConfigError, match=words):
-        modality_gaps(patches=torch.ones(8, 2), generator=torch.Generator(), **given | settings)  # type: ignore[arg-type]
+        modality_gaps(patches=torch.ones(8, 2), generator=torch.Generator(), **given | settings)
     with pytest.raises(ConfigError, match="sigma = 0"):
         gaussian(0.0)
     with pytest.raises(ConfigError, match="biased, unbiased, paired"):
