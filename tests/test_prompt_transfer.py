@@ -177,7 +177,10 @@ def test_only_what_is_trained_gets_a_gradient_and_folding_leaves_none(name: str)
     assert prompt.shape == (transfer.length, 6)
     if trained:
         prompt.square().sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+        assert all(p.grad is not None for p in trained.values())
+        # A bias of all keys adds the same to all scores of a query: softmax does not see it.
+        seen = {n: p for n, p in trained.items() if n != KEY_BIAS}
+        assert all(p.grad.abs().max() > 1e-4 for p in seen.values())
     assert transfer.source.grad is None
     assert torch.equal(transfer.source, source)
     folded = fold(transfer, trained)
