@@ -136,12 +136,13 @@ class Backbone(_Source):
 
 
 class Prompt(_Table):
-    """Soft prompts of a CLIP-like model: vectors in front of, among or behind its tokens.
+    """Soft prompts of a CLIP or a ViT: vectors in front of, among or behind its tokens.
 
     The context is `length` vectors in each caption, shared by all classes or, `class_specific`, one
     context a class. Several `prompts` (PLOT without its transport) each make a classifier; their
     logits are averaged. Visual prompts are `visual` vectors behind the class token of the picture,
-    in each of the first `visual_blocks` blocks, which forget those of the block before.
+    in each of the first `visual_blocks` blocks, which forget those of the block before. A ViT has
+    no captions, and needs `length = 0`; without visual prompts only its linear head is trained.
     """
 
     length: int = Field(16, ge=0, description="context vectors of a caption")
@@ -157,11 +158,50 @@ class Prompt(_Table):
     ending: str = Field("", description="text behind the caption, such as a full stop")
 
     @model_validator(mode="after")
-    def _something_is_trained(self) -> Self:
-        if not self.length and not self.visual:
-            raise ValueError("length = 0 and visual = 0: nothing would be trained")
+    def _keys_of_captions(self) -> Self:
         if not self.length and (self.class_specific or self.prompts > 1 or self.words):
             raise ValueError("length = 0 leaves class_specific, prompts and words without meaning")
+        return self
+
+
+class Transfer(_Table):
+    """The prompt of a ViT from one that was learned on text (ICLR 2025, OpenReview SYnIf4LxAG).
+
+    `frozen` takes the source as it is, `projection` trains a linear map of its vectors, and
+    `attention` trains `concentrated` vectors that attend to it, and `length` less these of the
+    ViT's own; it may have several sources.
+    """
+
+    kind: Literal["none", "frozen", "projection", "attention"] = "none"
+    sources: tuple[str, ...] = Field((), description="files of a prompt bank")
+    begin: Literal["identity", "orthogonal", "uniform"] = Field(
+        "identity", description="what the projection starts as; uniform is the published"
+    )
+    length: int = Field(100, ge=1, description="vectors of an attention's prompt")
+    concentrated: int = Field(50, ge=1, description="how many of them attend to the source")
+    top: int = Field(0, ge=0, description="source vectors that one may attend to; 0: all")
+    paper_exact: bool = Field(
+        False,
+        description="as published: a first row that means nothing stays, and attention takes "
+        "scores and rows as they are",
+    )
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> Self:
+        if self.kind == "none":
+            if self.sources:
+                raise ValueError("kind = 'none' has no use for sources")
+        elif not self.sources:
+            raise ValueError(f"kind = {self.kind!r} needs sources: the file of a prompt")
+        elif len(self.sources) > 1 and self.kind != "attention":
+            raise ValueError(
+                f"kind = {self.kind!r} takes one of the {len(self.sources)} sources; 'attention' "
+                "takes several"
+            )
+        if self.concentrated > self.length:
+            raise ValueError(
+                f"concentrated = {self.concentrated} is more than length = {self.length}"
+            )
         return self
 
 
@@ -169,11 +209,13 @@ class Adapter(_Table):
     """What is trained beside frozen weights.
 
     `lora`: `ΔW = s·B·A`, `s = alpha/r`, or `alpha/√r` with rslora, and a head. `prompt`: the soft
-    prompts of a CLIP-like model, in the table `adapter.prompt`.
+    prompts of a CLIP, or of a ViT and a linear head, in the table `adapter.prompt`; the prompt of a
+    ViT may come from text, by the table `adapter.transfer`.
     """
 
     kind: Literal["lora", "prompt"] = "lora"
     prompt: Prompt = Prompt()
+    transfer: Transfer = Transfer()
     rank: int = Field(8, ge=1)
     ranks: tuple[int, ...] = Field((), description="one a client, cycled; replaces rank")
     alpha: float = Field(16.0, gt=0)
@@ -185,7 +227,11 @@ class Adapter(_Table):
 
     @model_validator(mode="after")
     def _keys_of_its_kind(self) -> Self:
-        others = {"lora": {"prompt"}, "prompt": set(Adapter.model_fields) - {"kind", "prompt"}}
+        of_prompts = {"prompt", "transfer"}
+        others = {
+            "lora": of_prompts,
+            "prompt": set(Adapter.model_fields) - of_prompts - {"kind"},
+        }
         foreign = sorted(
             name
             for name in others[self.kind] & self.model_fields_set
@@ -193,6 +239,12 @@ class Adapter(_Table):
         )
         if foreign:
             raise ValueError(f"kind = {self.kind!r} has no use for {', '.join(foreign)}")
+        if self.transfer.kind != "none" and (self.prompt.visual or self.prompt.length):
+            raise ValueError(
+                f"transfer.kind = {self.transfer.kind!r} makes the only prompt; set "
+                f"prompt.length = 0 and prompt.visual = 0, not {self.prompt.length} and "
+                f"{self.prompt.visual}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -386,7 +438,15 @@ class Experiment(_Table):
                 f"nemesis.probing = 'round' counts, and wire.up = {self.wire.up!r} would round the "
                 "counts; choose 'float32'"
             )
-        prompt = self.adapter.prompt
+        prompt, transfer = self.adapter.prompt, self.adapter.transfer
+        if transfer.kind != "none" and (self.task.shifts or self.nemesis.kind != "none"):
+            unwanted = "task.shifts" if self.task.shifts else "nemesis.kind"
+            raise ValueError(f"adapter.transfer.kind = {transfer.kind!r} has no use for {unwanted}")
+        if prompted and self.nemesis.kind != "none" and not (prompt.length or prompt.visual):
+            raise ValueError(
+                f"nemesis.kind = {self.nemesis.kind!r} needs a prompt; adapter.prompt.length and "
+                "adapter.prompt.visual are 0"
+            )
         if self.task.shifts and prompt.class_specific:
             raise ValueError(
                 "task.shifts asks about other tasks; adapter.prompt.class_specific = true trains "

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from common.adapters import AdaptedBackbone
-from common.backbones import Preprocessor, load_backbone
+from common.backbones import Preprocessor, load_backbone, load_preprocessor
 from common.config import Adapter, Backbone
+from common.errors import ConfigError
 from common.features import Batch, Features
 from common.prompted_clip import PromptedClip, load_clip
+from common.prompted_vit import PromptedVit
 from common.tasks import Kind, LabelledTask
 from common.tensors import Tensors
 
@@ -89,8 +91,37 @@ def _with_lora(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) ->
     return AdaptedBackbone(load_backbone(backbone, kind, device), adapter)
 
 
-def _with_prompts(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
+def _prompted_clip(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
+    if adapter.transfer.kind != "none":
+        raise ConfigError(
+            f"adapter.transfer.kind = {adapter.transfer.kind!r} gives a prompt to a ViT; "
+            f"{backbone.label!r} is a CLIP"
+        )
     return PromptedClip(load_clip(backbone, kind, device), adapter.prompt)
+
+
+def _prompted_vit(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
+    return PromptedVit(load_backbone(backbone, kind, device), adapter)
+
+
+# By transformers' name of the family.
+_PROMPTED: Mapping[str, Callable[[Backbone, Kind, Adapter, str], Model]] = {
+    "clip": _prompted_clip,
+    "vit": _prompted_vit,
+}
+
+
+def _with_prompts(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
+    if kind != "image":
+        raise ConfigError(f"adapter.kind = 'prompt' needs pictures; the task is of kind {kind!r}")
+    preprocessor = load_preprocessor(backbone, kind)
+    family = preprocessor.model_config.model_type
+    if family not in _PROMPTED:
+        raise ConfigError(
+            f"backbone {preprocessor.location!r} is of the family {family!r}; adapter.kind = "
+            f"'prompt' needs one of {', '.join(_PROMPTED)}"
+        )
+    return _PROMPTED[family](backbone, kind, adapter, device)
 
 
 _MODELS: Mapping[str, Callable[[Backbone, Kind, Adapter, str], Model]] = {

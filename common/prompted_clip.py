@@ -350,6 +350,11 @@ class PromptedClip:
         return int(self._clip.towers.config.text_config.max_position_embeddings)
 
     def _check(self) -> None:
+        if not self._prompt.length and not self._prompt.visual:
+            raise ConfigError(
+                "adapter.prompt.length = 0 and adapter.prompt.visual = 0: of a CLIP nothing would "
+                "be trained"
+            )
         blocks = self._clip.towers.config.vision_config.num_hidden_layers
         if self._prompt.visual and self._prompt.visual_blocks > blocks:
             raise ConfigError(

@@ -287,7 +287,11 @@ def _vectors(adapter: Mapping[str, Any]) -> str:
     if prompt["visual"]:
         blocks = count_of(prompt["visual_blocks"], "block")
         said.append(f"{prompt['visual']} a picture in {blocks}")
-    return spoken(said)
+    transfer = adapter.get("transfer", {"kind": "none"})
+    if transfer["kind"] != "none":
+        names = [Path(source).stem for source in transfer["sources"]]
+        said.append(f"{transfer['kind']} transfer of {spoken(names)}")
+    return spoken(said) if said else "linear head alone"
 
 
 _SIZES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"lora": _ranks, "prompt": _vectors}
