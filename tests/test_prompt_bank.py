@@ -1,7 +1,6 @@
 """The prompt bank: what is written is read, what was changed is refused; the released prompts."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +23,8 @@ from common.prompt_bank import (
 )
 from common.prompt_similarity import group_means, similarity, similarity_map
 
-# Four megabytes that do not ship here; the variable says where they are.
-VARIABLE = "FEDCOPRA_ROBERTA_PROMPTS"
-RELEASED = Path(os.environ.get(VARIABLE, "roberta-base.safetensors"))
+# Four megabytes that do not ship here: beside the checkout, as other real data.
+RELEASED = Path(__file__).parents[2] / "shared" / "data" / "prompts" / "roberta-base.safetensors"
 
 
 @pytest.fixture
@@ -168,7 +166,7 @@ def test_norms_can_be_capped() -> None:
 
 # --- the 13 released prompts -------------------------------------------------------------------
 
-released = pytest.mark.skipif(not RELEASED.is_file(), reason=f"{VARIABLE} names no file")
+released = pytest.mark.skipif(not RELEASED.is_file(), reason=f"no file {RELEASED}")
 
 
 @released
