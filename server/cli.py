@@ -264,6 +264,9 @@ def connectivity(
     surface: Annotated[
         bool, typer.Option(help="The loss on the plane through three clients, too.")
     ] = True,
+    served: Annotated[
+        bool, typer.Option(help="Lines from the merged model to the clients, too.")
+    ] = False,
 ) -> None:
     """Score the straight lines between the adapters of a run: its clients, and another run's model.
 
@@ -284,6 +287,7 @@ def connectivity(
         points=points,
         clients=clients,
         surface=surface,
+        served=served,
     )
     scorer = Scorer(stored.experiment, stored.experiment.task.evaluate_on, examples)
     with _counting(plan.models, "models") as advance:

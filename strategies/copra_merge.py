@@ -97,9 +97,9 @@ class CopraMergeOptions(Options):
             standard errors.
         barrier_limit: count clients behind a loss barrier less, and veto those behind one of this
             share of the loss at the start; 0 looks for none. Costs two evaluations a client.
-        shorten: shorten increments whose client does best before the median client's best position
-            on the way from its start, down to half. Costs two evaluations a client, which
-            `barrier_limit` shares.
+        shorten: shorten, to half at most, the increments of clients whose best position on the line
+            to what they returned comes before the median client's. Costs two evaluations a client,
+            which `barrier_limit` shares.
         tilt_steps: steps of exponentiated gradient on the weights; each costs a backward pass.
         step_lengths: other lengths of the step to try beside 1.
     """

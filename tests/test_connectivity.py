@@ -54,6 +54,7 @@ def found_in(
     points: int = 5,
     clients: int = 4,
     surface: bool = False,
+    served: bool = False,
     examples: int = 60,
 ) -> dict[str, Any]:
     stored = open_run(run)
@@ -63,6 +64,7 @@ def found_in(
         points=points,
         clients=clients,
         surface=surface,
+        served=served,
     )
     scorer = Scorer(stored.experiment, stored.experiment.task.evaluate_on, examples)
     scored: list[str] = []
@@ -157,6 +159,41 @@ def test_the_delta_path_is_that_of_dense_deltas(run_of: RunOf) -> None:
     assert path["factors_less_deltas"]["loss"] == pytest.approx(difference, abs=1e-6)
 
 
+def test_lines_lead_from_the_merged_model_to_every_client_when_asked_for(run_of: RunOf) -> None:
+    """Specification 7.3b; the factor path is made by hand, the delta path ends where it does."""
+    run = open_run(run_of())
+    scorer = Scorer(run.experiment, "test", 60)
+    found = found_in(run_of(), clients=2, points=3, served=True)
+    assert [path["kind"] for path in found["paths"][:3]] == ["clients", "sent", "sent"]
+    paths = found["paths"][3:]
+    assert [(p["kind"], p["from"], p["to"]) for p in paths] == [
+        ("served", "served model", f"client {k}") for k in range(2)
+    ]
+    merged, shares = run.one_model().tensors, [0, 0.5, 1]
+    for path, update in zip(paths, run.updates[:2], strict=True):
+        scored = [
+            scorer(Served({n: (1 - t) * merged[n] + t * update.tensors[n] for n in merged}, 4))
+            for t in shares
+        ]
+        assert path["factors"]["loss"] == pytest.approx([p.loss for p in scored], abs=1e-6)
+        bump = barrier(shares, torch.stack([point.losses for point in scored]))
+        assert path["factors"]["barrier"]["height"] == pytest.approx(bump.height, abs=1e-6)
+        ends = [path["deltas"]["loss"][end] for end in (0, -1)]
+        assert ends == [path["factors"]["loss"][end] for end in (0, -1)]
+    panel = connectivity_panels(found)[2]
+    assert "from the merged model to each client" in panel.heading
+    rows = [row[0] for row in panel.numbers]
+    assert rows == [f"client {k}, {way}" for k in range(2) for way in ("deltas", "factors")]
+
+
+def test_the_merged_model_may_have_a_rank_of_its_own(run_of: RunOf) -> None:
+    wide = {"strategy__name": "copra-merge", "strategy__copra-merge__server_rank": 6}
+    for path in found_in(run_of(**wide), clients=2, points=3, served=True)["paths"][-2:]:
+        assert path["kind"] == "served"
+        assert "rank 4 at scale 1.5 and of rank 6 at scale 1" in path["factors"]["left_out"]
+        assert len(path["deltas"]["loss"]) == 3
+
+
 def test_both_ways_share_their_ends_and_all_rows_are_those_of_the_record(run_of: RunOf) -> None:
     run = open_run(run_of())
     found = found_in(run_of(), run_of(federation__seed=1), examples=0)
@@ -246,7 +283,7 @@ def several_tasks(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -
 def test_clients_of_unlike_tasks_are_scored_on_both(
     run_of: RunOf, several_tasks: Mapping[str, Any]
 ) -> None:
-    found = found_in(run_of(**several_tasks), surface=True, examples=16)
+    found = found_in(run_of(**several_tasks), surface=True, served=True, examples=16)
     rows = {
         (path["from"], path["to"]): (path["tasks"], path["deltas"]["rows"])
         for path in found["paths"]
@@ -256,7 +293,8 @@ def test_clients_of_unlike_tasks_are_scored_on_both(
         for second in range(first + 1, 4):
             both = sorted({tasks[first], tasks[second]})
             assert rows[f"client {first}", f"client {second}"] == (both, 8 * len(both))
-    assert rows["sent to client 0", "client 0"] == ([tasks[0]], 8)
+    for start in ("sent to client 0", "served model"):
+        assert rows[start, "client 0"] == ([tasks[0]], 8)
     assert found["surface"]["left_out"] == "it needs three kept clients of one task"
 
 
@@ -267,6 +305,8 @@ def test_what_is_sent_to_all_alike_is_scored_once(run_of: RunOf) -> None:
     assert plan.models == 4 + 6 * 2 * 3
     with_surface = plan_connectivity(stored, None, points=5, clients=3, surface=True)
     assert with_surface.models == plan.models + 25 + 1
+    served = plan_connectivity(stored, None, points=5, clients=3, surface=False, served=True)
+    assert served.models == plan.models + 1 + 3 * 2 * 3
 
 
 def test_the_surface_has_the_clients_at_its_marks(run_of: RunOf) -> None:
@@ -329,6 +369,7 @@ def test_three_clients_on_a_line_have_no_surface(run_of: RunOf, tmp_path: Path) 
             r"run it again with --set federation\.keep_updates=8",
         ),
         ({"strategy__name": "fedsa-lora"}, {}, "a model of its own"),
+        ({"strategy__name": "fedask"}, {"served": True}, "no client let the server see all"),
         ({"strategy__name": "fedask"}, {}, "no client let the server see all .*fedask"),
     ],
 )
@@ -434,10 +475,13 @@ def test_the_command_leaves_numbers_and_panels_beside_the_run(
     assert found["caution"] in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    # Once more, over what is there, and without the surface.
-    assert call(monkeypatch, "connectivity", str(run), *options, "--no-surface") == 0
+    # Once more, over what is there, without the surface and with the merged model.
+    assert call(monkeypatch, "connectivity", str(run), *options, "--no-surface", "--served") == 0
+    assert "served to client" in capsys.readouterr().err
     again = json.loads((run / "connectivity.json").read_text())
-    assert again["paths"] == found["paths"]
+    assert again["paths"][:3] == found["paths"]
+    assert [path["kind"] for path in again["paths"][3:]] == ["served", "served"]
+    assert "from the merged model to each client" in (run / "report.html").read_text()
     assert again["surface"] == {"left_out": "it was not asked for"}
 
 

@@ -1,8 +1,8 @@
 """Whether straight lines join adapters: loss and accuracy along them, and on a plane through three.
 
-Between the clients of a run's last round, from what a client was sent to what it returned, and
-between the models of two runs; each by factors and by deltas (`common.paths`). Source: copra
-specification 3.1, 3.2 and 7.3a.
+Between the clients of a run's last round, from what a client was sent to what it returned, from the
+model that was merged to what a client returned, and between the models of two runs; each by factors
+and by deltas (`common.paths`). Source: copra specification 3.1, 3.2, 7.3a and 7.3b.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from common.paths import (
 from common.residuals import is_residual
 from common.tensors import Tensors, digest
 from server.analysis.stored_run import Scored, Scorer, StoredRun
-from strategies.base import Served, Update, heads_of, model_of
+from strategies.base import Served, Update, for_task, heads_of, model_of
 
 SURFACE_SIDE = 9
 # The surface is a square around the triangle of clients, larger than its box by this factor.
@@ -49,7 +49,8 @@ class Path:
     """A straight line to score, by each way there is.
 
     Attributes:
-        kind: what it joins: `clients`, `sent` (a client and what it was sent) or `runs`.
+        kind: what it joins: `clients`, `sent` (a client and what it was sent), `served` (a client
+            and the model that was merged) or `runs`.
         names: of its ends, first and last.
         tasks: whose rows it is scored on; both ends hold all their heads.
         ways: mixtures by `factors` and by `deltas`; a text says why there is none.
@@ -101,12 +102,19 @@ class Plan:
 
 
 def plan_connectivity(
-    run: StoredRun, other: StoredRun | None, *, points: int, clients: int, surface: bool
+    run: StoredRun,
+    other: StoredRun | None,
+    *,
+    points: int,
+    clients: int,
+    surface: bool,
+    served: bool = False,
 ) -> Plan:
     """Choose the paths: all pairs of the first `clients` kept clients, each from what it was sent.
 
-    With `other` also from the served model of `run` to that of `other`. `points` is the number of
-    positions on a path, its ends included; it also limits the side of the surface's grid.
+    With `served` also from the served model to each of them, with `other` from that of `run` to
+    that of `other`. `points` is the number of positions on a path, its ends included; it also
+    limits the side of the surface's grid.
 
     Raises:
         ConfigError: there is nothing to join, or `points` leaves no middle, or the two runs are of
@@ -118,7 +126,7 @@ def plan_connectivity(
         raise ConfigError(f"--clients {clients}: a line between clients needs 2 of them or more")
     for stored in (run, other) if other else (run,):
         stored.check_adapters()
-    if not run.updates and other is None:
+    if not run.updates and (served or other is None):
         raise ConfigError(_why_nothing_was_kept(run))
     adapter = run.experiment.adapter
     kept = run.updates[:clients]
@@ -126,6 +134,7 @@ def plan_connectivity(
         *([_between_runs(run, other)] if other else []),
         *(_between_clients(first, second, adapter) for first, second in _pairs(kept)),
         *(_from_sent(update, adapter) for update in kept),
+        *(_from_served(run, update) for update in kept if served),
     ]
     side = min(SURFACE_SIDE, points)
     return Plan(
@@ -183,6 +192,14 @@ def _from_sent(update: Update, adapter: Adapter) -> Path:
     ends = _sent(update), _returned(update)
     names = (f"sent to {_name(update)}", _name(update))
     return _path("sent", names, (update.client.task,), ends, adapter)
+
+
+def _from_served(run: StoredRun, update: Update) -> Path:
+    """Join the model that was merged to what a client returned, with the head of its task alone."""
+    model, adapter, task = run.one_model(), run.experiment.adapter, update.client.task
+    merged = End(for_task(model.tensors, task), model.rank, adapter.scale(model.rank))
+    names = ("served model", _name(update))
+    return _path("served", names, (task,), (merged, _returned(update)), adapter)
 
 
 def _between_runs(run: StoredRun, other: StoredRun) -> Path:

@@ -59,6 +59,13 @@ KINDS: Mapping[str, Kind] = {
         shows="from what a client was sent in the last round (λ = 0) to what it returned (λ = 1)",
         line="client",
     ),
+    "served": Kind(
+        short="served to client",
+        heading="Does a straight line lead from the merged model to each client's?",
+        shows="from the model that the last round merged and the run serves (λ = 0) to what a "
+        "client had returned for it (λ = 1)",
+        line="client",
+    ),
     "runs": Kind(
         short="run to run",
         heading="Does a straight line join the models of the two runs?",
@@ -222,7 +229,7 @@ def _rows(analysis: Analysis) -> str:
 
 
 def _between(path: Analysis) -> str:
-    if path["kind"] == "sent":
+    if path["kind"] in {"sent", "served"}:
         return str(path["to"])
     return f"{path['from']} and {path['to'].removeprefix('client ')}"
 
