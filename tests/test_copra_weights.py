@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from toy_federation import (
     MODULES,
     build,
@@ -533,6 +534,27 @@ def test_judges_are_drawn_anew_each_round_and_see_who_agrees_least_left_out() ->
         state = plain.state
     assert all(len(panel) == 2 for panel in panels)
     assert len(set(panels)) > 1
+
+
+def test_who_agrees_least_is_who_is_at_odds_with_the_others_without_itself() -> None:
+    """cos(D_k, D̄ without k). The third's increment is so long that it leads the mean of all."""
+    strategy = build("copra-merge", probe="clients", clients=3)
+    assert strategy.follow_up is not None
+    state = strategy.start(common_start())
+    ways = [(1.0, 0.0), (1.0, 0.1), (0.0, 4.0)]
+    mean = torch.tensor(ways).mean(dim=0)
+    cosines = [float(functional.cosine_similarity(torch.tensor(w), mean, dim=0)) for w in ways]
+    assert min(cosines) == cosines[0]
+
+    def train(who: Client, sent: Tensors) -> Tensors:
+        moved = {name: tensor.clone() for name, tensor in sent.items()}
+        moved["enc.0.query.lora_B.weight"][:2, 0] = torch.tensor(ways[who.client])
+        return moved
+
+    updates = updates_of(strategy, state, cohort(0, 1, 2), train)
+    _, without_one = unpacked(strategy.follow_up.ask(state, updates))
+    two = strategy.merge(state, updates[:2], None).state
+    assert all(torch.equal(tensor, two[name]) for name, tensor in without_one.items())
 
 
 @pytest.mark.parametrize("length", [0.0, -1.0, 1.6])

@@ -999,6 +999,7 @@ def test_a_record_is_plain_json_and_can_be_read_again(
     experiment = digits_experiment(strategy__name=name)
     done = finished(experiment, failing([1], rounds=[1]))
     record = build_record(done, "a label")
+    assert record["task"]["sizes"]["probe"] == experiment.task.probe_examples > 0
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     write_run(tmp_path, record, done.outcomes)
     again, read, tensors = read_run(tmp_path)

@@ -18,12 +18,13 @@ from common.backbones import load_backbone, load_base_model
 from common.config import Adapter, Backbone, Copra, Experiment, Train, build_experiment
 from common.errors import ConfigError
 from common.features import Features, extract_features
-from common.lowrank import adapted_modules, factor_names
+from common.lowrank import Directions, Term, adapted_modules, factor_names
 from common.models import load_model
 from common.residuals import residual_name
 from common.scoring import losses_and_hits
 from common.tasks import LabelledTask, Split
 from common.tensors import digest
+from server.evaluation import Evaluator
 from server.simulation import Finished, simulate
 from strategies import STRATEGIES
 
@@ -275,10 +276,10 @@ def texts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def federation(texts: Path, config: Backbone, strategy: str) -> Experiment:
+def federation(texts: Path, config: Backbone, strategy: str, probe_examples: int = 0) -> Experiment:
     return build_experiment(
         {
-            "task": {"path": str(texts), "probe_examples": 0},
+            "task": {"path": str(texts), "probe_examples": probe_examples},
             "partition": {"clients": 3},
             "backbone": config.model_dump(exclude_none=True),
             "adapter": {"rank": 4, "alpha": 6.0},
@@ -311,6 +312,33 @@ def test_a_federation_learns_and_leaves_every_byte_of_the_base(
     shared = load_model(experiment.backbone, "text", experiment.adapter, "auto")
     assert isinstance(shared, AdaptedBackbone)
     assert shared is finished.evaluator.model
+
+
+@quantises
+def test_a_probe_is_asked_on_the_quantised_base(texts_folder: Path, config: Backbone) -> None:
+    """A delta is relative to the base that it was trained on (copra specification 7.10)."""
+    experiment = federation(texts_folder, config, "copra-merge", probe_examples=12)
+    evaluator = Evaluator(experiment)
+    (task,), probe = evaluator.tasks, evaluator.probe(12, 4)
+    assert probe is not None
+    found, before = [], base_bytes(evaluator.model)
+    for quantised in (config.quantised, "none"):
+        there = config.model_copy(update={"quantised": quantised})
+        model = AdaptedBackbone(load_backbone(there, "text", "cpu"), ADAPTER)
+        state = awake(model, task)
+        model.load(state, 4, task)
+        rows = extract_features(model.backbone.preprocessor, task.probe)
+        found.append(losses_and_hits(model, rows, "float32")[0])
+    losses = probe.losses(state, slice(None)).sort().values
+    torch.testing.assert_close(losses, found[0].sort().values, rtol=0, atol=1e-5)
+    assert not torch.allclose(losses, found[1].sort().values, atol=1e-3)
+    stacks = {module: Term.of(state, module) for module in adapted_modules(state)}
+    directions = Directions(stacks, torch.ones(4, 1).double(), {})
+    again, slopes = probe.slopes(state, directions, slice(None))
+    torch.testing.assert_close(again.sort().values, losses, rtol=0, atol=1e-5)
+    assert bool(slopes.isfinite().all())
+    assert bool(slopes.any())
+    assert base_bytes(evaluator.model) == before
 
 
 @quantises

@@ -27,7 +27,7 @@ from server.reporting.comparison import by_label, compare
 from server.reporting.drawing import PALETTE, marks
 from server.reporting.figures import panels
 from server.reporting.findings import headline, traffic
-from server.reporting.report import render, toml_like, write_report
+from server.reporting.report import alarms, render, toml_like, write_report
 from server.reporting.weights import weight_panels
 
 SECTIONS = ("results", "own", "figures", "ledger", "copra", "decisions", "reproduce")
@@ -207,6 +207,26 @@ def test_decisions_and_refusals_are_listed(study_page: str) -> None:
     quiet = Document(page_of([synthetic_record("fedavg")])).text
     assert "No client was refused, failed or went missing." in quiet
     assert "No merge vetoed a client" in quiet
+
+
+def test_alarms_of_the_merge_are_listed_with_their_rounds() -> None:
+    record = synthetic_record("copra-merge", rounds=4)
+    for entry in record["rounds"][1:3]:
+        entry["merge"] = entry["merge"] | {"alarm": "the rank keeps too little"}
+    text = " ".join(Document(page_of([record])).text.split())
+    assert "Alarms of the merge" in text
+    assert "the rank keeps too little" in text
+    assert [(row["alarm"], row["rounds"]) for row in alarms([record])] == [
+        ("the rank keeps too little", "2–3")
+    ]
+    assert "Alarms of the merge" not in Document(page_of([synthetic_record("fedavg")])).text
+
+
+def test_the_size_of_the_probe_is_told_beside_the_other_examples() -> None:
+    record = synthetic_record("copra-merge")
+    assert "1100 train, 300 probe, 360 test" in Document(page_of([record])).text
+    record["task"]["sizes"]["probe"] = 0
+    assert "1100 train, 360 test" in Document(page_of([record])).text
 
 
 def test_copra_is_reported_only_where_it_varied(study_page: str) -> None:
