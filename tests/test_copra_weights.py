@@ -315,6 +315,25 @@ def test_a_tilt_goes_downhill_and_keeps_its_caps() -> None:
     assert 1 / sum(w * w for w in found.weights) >= 4 / 3 - 1e-6
 
 
+def test_no_tilt_gives_a_client_more_than_three_times_its_weight_by_data() -> None:
+    """Slopes that would leave client 0 alone, were it not for the cap."""
+    strong = bowl([1.0, 0.0], *[[-6.0, 0.1 * k] for k in range(7)])
+    by_data = (0.1, 0.2, *[0.7 / 6] * 6)
+    found = tilt(strong, Proposal(by_data, (1.0,) * 8), by_data, steps=3).proposal
+    assert found.weights[0] == pytest.approx(0.3)
+    assert sum(found.weights) == pytest.approx(1)
+    assert all(w <= 3 * w0 + 1e-9 for w, w0 in zip(found.weights, by_data, strict=True))
+
+
+def test_a_tilt_leaves_the_cohort_a_third_of_its_size() -> None:
+    """Client 0, with most of the data, would be left alone within three times its weight."""
+    strong = bowl([1.0, 0.0], *[[-6.0, 0.1 * k] for k in range(4)])
+    by_data = (0.5, *[0.125] * 4)
+    found = tilt(strong, Proposal(by_data, (1.0,) * 5), by_data, steps=1).proposal
+    assert found.weights[0] > 0.6
+    assert 1 / sum(w * w for w in found.weights) >= 5 / 3 - 1e-6
+
+
 def test_one_step_of_the_tilt_is_the_formula() -> None:
     weights = torch.tensor([0.4, 0.3, 0.3], dtype=torch.float64)
     trial = bowl([0.2, 0.0], [0.1, 0.1], [0.3, -0.1])

@@ -459,6 +459,8 @@ def test_the_probe_is_asked_for_slopes_along_the_increments(rounding: bool) -> N
 
     strategy.merge(state, updates, Probe(lambda _, rows: torch.ones(64)[rows], slopes))
     (directions,) = asked
+    assert directions.stacks.keys() == MODULES.keys()
+    assert directions.entries.keys() == heads(state).keys()
     for k, u in enumerate(updates):
         for module, stack in directions.stacks.items():
             found = (stack.B.double() * directions.mixing[:, k]) @ stack.A.double()
