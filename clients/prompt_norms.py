@@ -119,6 +119,8 @@ def _chosen(
     """Return (M,): 1 at the probed positions whose shrinking gets more rows right, else 0."""
     if not isinstance(model, PromptedClip):
         raise TypeError(f"{type(model).__name__} cannot say what other prompts would do")
+    if int(hits) == len(batch.labels):  # nothing gets more right than all
+        return torch.zeros(prompt.shape[-2], device=prompt.device)
     return choose_positions(
         prompt,
         probed,

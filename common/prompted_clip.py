@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.backbones import Preprocessor, choose_device, load_preprocessor, named_in_errors
+from common.captions import Captions, Past, caption_ids, no_past, shared_tokens
 from common.config import Backbone, Prompt
 from common.errors import ConfigError
 from common.features import Batch, Features
@@ -73,47 +74,18 @@ def load_clip(config: Backbone, kind: Kind, device: str) -> Clip:
 
 
 @dataclass(frozen=True)
-class Captions:
-    """The captions of a task's classes, with room for M vectors in each.
+class _Embedded:
+    """Captions as they were embedded last.
 
     Attributes:
-        words: (C, L, d), the words' embeddings; what stands in a slot means nothing.
-        slots: (C, M), where the vectors go.
-        ends: (C,), where the caption ends, and its embedding is read.
+        of: what they were made of and how, to know them again by.
+        embeddings: (N, C, projection), of length 1.
+        past: what their shared tokens left, for N sets of captions.
     """
 
-    words: Tensor
-    slots: Tensor
-    ends: Tensor
-
-    def filled(self, context: Tensor) -> Tensor:
-        """Return (K, C, L, d), context (K, 1 or C, M, d) in its slots."""
-        copies, (classes, length, width) = context.shape[0], self.words.shape
-        room = self.slots[None, :, :, None].expand(copies, -1, -1, width)
-        words = self.words.expand(copies, classes, length, width)
-        return words.scatter(2, room, context.expand(copies, classes, -1, -1))
-
-
-def caption_ids(
-    tokenizer: Any, names: Sequence[str], prompt: Prompt
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the token ids of every class's caption, and the positions of its vectors.
-
-    A caption is begin, context, name, ending, end, or as `class_at` says.
-    """
-    slot = tokenizer.eos_token_id  # any id: its embedding is replaced
-    half = prompt.length // 2
-    before = {"end": prompt.length, "middle": half, "front": 0}[prompt.class_at]
-    ids, slots = [], []
-    for name in names:
-        words = tokenizer(name, add_special_tokens=False)["input_ids"]
-        last = tokenizer(prompt.ending, add_special_tokens=False)["input_ids"]
-        after = prompt.length - before
-        body = [*[slot] * before, *words, *[slot] * after, *last]
-        ids.append([tokenizer.bos_token_id, *body, tokenizer.eos_token_id])
-        behind = 1 + before + len(words)
-        slots.append([*range(1, 1 + before), *range(behind, behind + after)])
-    return ids, slots
+    of: tuple[Any, ...]
+    embeddings: Tensor
+    past: Past
 
 
 class PromptedClip:
@@ -126,7 +98,7 @@ class PromptedClip:
         self._parameters: dict[str, nn.Parameter] = {}
         self._captions: dict[tuple[str, ...], Captions] = {}
         self._task: LabelledTask | None = None
-        self._kept: tuple[list[int], Tensor] | None = None
+        self._kept: _Embedded | None = None
         self._making_captions = threading.Lock()
 
     @property
@@ -221,16 +193,14 @@ class PromptedClip:
         """Return how many rows are classified right with each of K contexts in place of one.
 
         (K,), without a gradient, for contexts (K, *shape of the context called `name`); all others
-        stay as they are.
+        stay as they are, and what comes before the first vector that changes is not computed again.
         """
         hits = []
         with torch.no_grad():
             pictures = self._pictures(batch)
             for some in torch.split(contexts, self._contexts_at_once()):
-                stacked = [self._stacked(self._contexts() | {name: context}) for context in some]
-                scores = self._similarities(pictures, self._embed_captions(torch.cat(stacked)))
-                of_each = scores.view(len(some), -1, *scores.shape[1:]).mean(dim=1)
-                hits.append((of_each.argmax(dim=-1) == batch.labels).sum(dim=1))
+                scores = self._similarities(pictures, self._embedded_with(name, some))
+                hits.append((scores.mean(dim=1).argmax(dim=-1) == batch.labels).sum(dim=1))
         return torch.cat(hits)
 
     def past_stem(self, features: Features) -> Features:
@@ -252,9 +222,9 @@ class PromptedClip:
         return self._embed_pictures(batch.inputs["pixel_values"])
 
     def _similarities(self, pictures: Tensor, captions: Tensor) -> Tensor:
-        """Return (N, n, C) logits of captions (N, C, projection)."""
+        """Return (..., n, C) logits of captions (..., C, projection)."""
         scale: Tensor = self._clip.towers.logit_scale.exp()
-        return scale * (pictures.float() @ captions.transpose(1, 2))
+        return scale * (pictures.float() @ captions.mT)
 
     def _contexts(self) -> dict[str, Tensor]:
         """Return the live prompts of captions, in name order."""
@@ -265,20 +235,64 @@ class PromptedClip:
 
     def _caption_embeddings(self) -> Tensor:
         """Return (N, C, projection); made once for all batches as long as nothing is trained."""
-        contexts = self._contexts()
-        if torch.is_grad_enabled():
-            return self._embed_captions(self._stacked(contexts))
-        versions = [context._version for context in contexts.values()]
-        with self._making_captions:  # batches may be scored in several threads at a time
-            if self._kept is None or self._kept[0] != versions:
-                self._kept = versions, self._embed_captions(self._stacked(contexts))
-            return self._kept[1]
+        if torch.is_grad_enabled() and self._contexts():
+            made = self._embed_captions()
+            past = [(keys.detach(), values.detach()) for keys, values in made.past]
+            self._kept = _Embedded(made.of, made.embeddings.detach(), past)
+            return made.embeddings
+        return self._kept_captions().embeddings
 
-    def _stacked(self, contexts: Tensors) -> Tensor:
-        """Return the contexts as (N, 1 or C, M, d)."""
+    def _kept_captions(self) -> _Embedded:
+        """Return the captions of the live prompts as they were embedded last, if they still are."""
+        with self._making_captions:  # batches may be scored in several threads at a time
+            if self._kept is None or self._kept.of != self._made_of():
+                # Training may go on with those that evaluation asks for.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._kept = self._embed_captions()
+            return self._kept
+
+    def _made_of(self) -> tuple[Any, ...]:
+        """Return the versions of the live contexts, and the precision that holds here."""
+        kind = self.device.type
+        precision = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        return precision, *(context._version for context in self._contexts().values())
+
+    def _embed_captions(self) -> _Embedded:
+        """Embed the captions of the live prompts."""
+        contexts = self._stacked(list(self._contexts().values()))
+        past = no_past(self._clip.towers.text_model, len(contexts))
+        return _Embedded(self._made_of(), *self._embed(contexts, past))
+
+    def _embedded_with(self, name: str, contexts: Tensor) -> Tensor:
+        """Return (K, N, C, projection), with K contexts in place of the live one called `name`."""
+        captions, kept = self._captions_of(self._loaded_task()), self._kept_captions()
+        changed = (contexts != self._parameters[name]).any(dim=-1).flatten(0, -2).any(dim=0)
+        # Up to P a vector stands at the same place in all captions.
+        start = min([captions.shared, *captions.slots[0, changed].tolist()])
+        several = self._prompt.prompts
+        other = torch.tensor([of != name for of in self._contexts() for _ in range(several)])
+        past = [
+            (
+                keys[~other, :, :start].repeat(len(contexts), 1, 1, 1),
+                values[~other, :, :start].repeat(len(contexts), 1, 1, 1),
+            )
+            for keys, values in kept.past
+        ]
+        found, _ = self._embed(self._stacked(list(contexts)), past, start)
+        rest = kept.embeddings[other].expand(len(contexts), -1, -1, -1)
+        return torch.cat([found.view(len(contexts), several, *found.shape[1:]), rest], dim=1)
+
+    def _embed(self, contexts: Tensor, past: Past, start: int = 0) -> tuple[Tensor, Past]:
+        """Return (n, C, projection), of length 1, of contexts (n, 1 or C, M, d), and the past."""
+        captions, towers = self._captions_of(self._loaded_task()), self._clip.towers
+        states, after = captions.states(towers.text_model, contexts, past, start)
+        return functional.normalize(towers.text_projection(states).float(), dim=-1), after
+
+    def _stacked(self, contexts: Sequence[Tensor]) -> Tensor:
+        """Return the contexts as (n, 1 or C, M, d)."""
         several = self._prompt.prompts > 1
         forms = []
-        for context in contexts.values():
+        for context in contexts:
             if self._prompt.class_specific:
                 forms.append(context.transpose(0, 1) if several else context[None])
             else:
@@ -287,16 +301,6 @@ class PromptedClip:
             return torch.cat(forms)
         width = self._clip.towers.config.text_config.hidden_size
         return torch.zeros(1, 1, 0, width, device=self.device)
-
-    def _embed_captions(self, context: Tensor) -> Tensor:
-        """Return (N, C, projection), of length 1, for context (N, 1 or C, M, d)."""
-        captions, towers = self._captions_of(self._loaded_task()), self._clip.towers
-        filled = captions.filled(context).flatten(0, 1)
-        ends = captions.ends.repeat(len(context))
-        states = text_states(towers.text_model, filled)
-        read = states[torch.arange(len(ends), device=states.device), ends]
-        embedded = functional.normalize(towers.text_projection(read).float(), dim=-1)
-        return embedded.view(len(context), -1, embedded.shape[-1])
 
     def _captions_of(self, task: LabelledTask) -> Captions:
         names = task.class_names or task.labels
@@ -324,6 +328,7 @@ class PromptedClip:
                 words,
                 torch.tensor(slots, device=self.device, dtype=torch.int64).view(len(ids), -1),
                 torch.tensor([len(row) - 1 for row in ids], device=self.device),
+                shared_tokens(ids, slots, self._prompt.class_specific),
             )
 
     def _embed_pictures(self, pixels: Tensor) -> Tensor:
@@ -370,22 +375,6 @@ class PromptedClip:
 
 def _own_context(task: LabelledTask) -> str:
     return head_prefix(task.name) + "context"
-
-
-def text_states(tower: Any, embedded: Tensor) -> Tensor:
-    """Return the last hidden states (n, L, d) of CLIP's text tower for embedded tokens (n, L, d).
-
-    `CLIPTextModel` takes token ids only; this is its forward from there on.
-    """
-    from transformers.masking_utils import create_causal_mask
-
-    hidden = tower.embeddings(inputs_embeds=embedded)
-    mask = create_causal_mask(
-        config=tower.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
-    )
-    states = tower.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True)
-    normed: Tensor = tower.final_layer_norm(states.last_hidden_state)
-    return normed
 
 
 def picture_state(tower: Any, pixels: Tensor, prompts: Tensor | None) -> Tensor:

@@ -298,6 +298,19 @@ def test_pun_never_probes(
     assert not asked
 
 
+def test_nothing_is_probed_where_all_rows_are_right(
+    model: PromptedClip, rows: Features, task: LabelledTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(model, task)
+    with torch.no_grad():
+        right = model.logits(rows.batch(torch.arange(len(rows)), model.device)).argmax(dim=1)
+    solved = replace(rows, labels=right)
+    plain = stepped(model, solved, task, Nemesis())
+    monkeypatch.setattr(model, "hits_of", None)
+    pan = Nemesis(kind="pan", strength=2.0, probed=4, shrink=0.1)
+    assert torch.equal(stepped(model, solved, task, pan), plain)
+
+
 def test_probing_more_positions_than_there_are_is_refused(
     model: PromptedClip, rows: Features, task: LabelledTask
 ) -> None:

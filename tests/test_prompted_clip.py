@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.captions import Captions, caption_ids, no_past, shared_tokens
 from common.config import Adapter, Backbone, Prompt
 from common.errors import ConfigError, UpdateRefusedError
 from common.features import Features
 from common.models import load_model
-from common.prompted_clip import PromptedClip, caption_ids, load_clip, picture_state, text_states
+from common.prompted_clip import PromptedClip, load_clip, picture_state
 from common.tasks import LabelledTask
 
 NAMES = ("cat", "big dog", "seven")
@@ -40,23 +41,92 @@ def all_rows(model: PromptedClip, rows: Features) -> Any:
     return rows.batch(torch.arange(len(rows)), model.device)
 
 
-def test_towers_without_a_prompt_are_the_stock_ones(
+def test_the_picture_tower_without_a_prompt_is_the_stock_one(
     clip_folder: Path, picture_rows: Features
 ) -> None:
-    clip = load_clip(Backbone(path=str(clip_folder)), "image", "cpu")
-    pixels = picture_rows.batch(torch.arange(4), clip.device).inputs["pixel_values"]
-    ids = torch.tensor([[0, *[14, 15, 16, 17, 20, 21], 1], [0, 19, 1, 2, 2, 2, 2, 2]])
+    towers = load_clip(Backbone(path=str(clip_folder)), "image", "cpu").towers
+    pixels = picture_rows.batch(torch.arange(4), torch.device("cpu")).inputs["pixel_values"]
     with torch.no_grad():
-        stock = clip.towers(input_ids=ids, pixel_values=pixels)
-        states = text_states(
-            clip.towers.text_model, clip.towers.text_model.embeddings.token_embedding(ids)
-        )
-        mine = clip.towers.text_projection(states[torch.arange(2), torch.tensor([7, 2])])
-        picture = clip.towers.visual_projection(
-            picture_state(clip.towers.vision_model, pixels, None)
-        )
-    assert torch.equal(mine, stock.text_model_output.pooler_output)
-    assert torch.equal(picture, stock.vision_model_output.pooler_output)
+        stock = towers.get_image_features(pixel_values=pixels).pooler_output
+        mine = towers.visual_projection(picture_state(towers.vision_model, pixels, None))
+    assert torch.equal(mine, stock)
+
+
+# Three captions that begin with the same four tokens; the last has its end sixth, not eighth.
+IDS = torch.tensor(
+    [[0, 14, 15, 16, 17, 20, 21, 1], [0, 14, 15, 16, 5, 6, 7, 1], [0, 14, 15, 16, 19, 1, 2, 2]]
+)
+ENDS = torch.tensor([7, 7, 5])
+
+
+@pytest.mark.parametrize("shared", [0, 1, 4])
+def test_the_text_tower_without_a_prompt_is_the_stock_one(clip_folder: Path, shared: int) -> None:
+    # In float64: what is left out or done once must not be an approximation.
+    towers = load_clip(Backbone(path=str(clip_folder)), "image", "cpu").towers.double()
+    words = towers.text_model.embeddings.token_embedding(IDS)
+    captions = Captions(words, torch.zeros(3, 0, dtype=torch.int64), ENDS, shared)
+    nothing, empty = no_past(towers.text_model, 1), words.new_zeros(1, 1, 0, 12)
+    with torch.no_grad():
+        stock = towers.text_model(input_ids=IDS).pooler_output
+        [mine], past = captions.states(towers.text_model, empty, nothing)
+        torch.testing.assert_close(mine, stock, rtol=1e-12, atol=1e-12)
+        # The same from any shared token on.
+        for start in range(shared + 1):
+            before = [(keys[:, :, :start], values[:, :, :start]) for keys, values in past]
+            [again], _ = captions.states(towers.text_model, empty, before, start)
+            torch.testing.assert_close(again, stock, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_gradients_through_the_text_tower_are_those_of_the_stock_blocks(
+    clip_folder: Path, own: bool
+) -> None:
+    towers = load_clip(Backbone(path=str(clip_folder)), "image", "cpu").towers.double()
+    tower = towers.text_model
+    stream = torch.Generator().manual_seed(0)
+    context = torch.randn(2, 3 if own else 1, 2, 12, generator=stream, dtype=torch.float64)
+    wanted = torch.randn(2, 3, 12, generator=stream, dtype=torch.float64)
+    slots = torch.tensor([[2, 3]]).expand(3, -1)
+
+    def stock(context: Tensor) -> Tensor:
+        words = tower.embeddings.token_embedding(IDS).expand(2, -1, -1, -1).clone()
+        words[:, :, 2:4] = context
+        hidden = tower.embeddings(inputs_embeds=words.flatten(0, 1))
+        states = tower.encoder(inputs_embeds=hidden, attention_mask=None, is_causal=True)
+        normed = tower.final_layer_norm(states.last_hidden_state).unflatten(0, (2, 3))
+        return normed[:, torch.arange(3), ENDS]
+
+    words = tower.embeddings.token_embedding(IDS)
+    captions = Captions(words, slots, ENDS, shared=1 if own else 4)
+
+    def mine(context: Tensor) -> Tensor:
+        return captions.states(tower, context, no_past(tower, 2))[0]
+
+    slopes = []
+    for states in (stock, mine):
+        leaf = context.clone().requires_grad_()
+        (states(leaf) * wanted).sum().backward()  # type: ignore[no-untyped-call]
+        slopes.append(leaf.grad)
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ids", "slots", "own", "expected"),
+    [
+        ([[0, 9, 9, 5, 1], [0, 9, 9, 6, 7, 1]], [[1, 2], [1, 2]], False, 3),
+        ([[0, 9, 9, 5, 1], [0, 9, 9, 6, 7, 1]], [[1, 2], [1, 2]], True, 1),
+        # A slot beside the same token in its own right.
+        ([[0, 5, 1, 1], [0, 5, 1, 7, 1]], [[2], []], False, 2),
+        # Captions that are alike throughout still have an end each.
+        ([[0, 5, 6, 1], [0, 5, 6, 1]], [[], []], False, 3),
+        ([[0, 5, 1], [0, 5, 6, 1]], [[], []], False, 2),
+        ([[0, 9, 5, 1]], [[1]], True, 3),
+    ],
+)
+def test_what_all_captions_begin_with(
+    ids: list[list[int]], slots: list[list[int]], own: bool, expected: int
+) -> None:
+    assert shared_tokens(ids, slots, own) == expected
 
 
 @pytest.mark.parametrize("ending", ["", "."])
@@ -228,6 +298,48 @@ def test_hits_of_other_contexts_are_those_of_loading_them(
         with torch.no_grad():
             right = (model.logits(batch).argmax(dim=1) == batch.labels).sum()
         assert int(hits) == int(right)
+
+
+@pytest.mark.parametrize("place", ["end", "middle", "front"])
+@pytest.mark.parametrize("position", [0, 2, 3])
+def test_a_probe_takes_up_what_the_training_forward_left_before_the_position(
+    clip_folder: Path, picture_rows: Features, task: LabelledTask, place: Any, position: int
+) -> None:
+    model = prompted(clip_folder, length=4, class_at=place)
+    state = moved(model.initial((task,), 0))
+    batch = all_rows(model, model.past_stem(picture_rows))
+    copy = state["prompt.text"].clone()
+    copy[position] *= -3
+    model.load({"prompt.text": copy}, 0, task)
+    with torch.no_grad():
+        right = (model.logits(batch).argmax(dim=1) == batch.labels).sum()
+    model.load(state, 0, task)
+    model.logits(batch)
+    tokens: list[int] = []
+    first = model.module.get_submodule("text_model.encoder.layers.0.layer_norm1")
+    hook = first.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    hits = model.hits_of(batch, "prompt.text", copy[None])
+    hook.remove()
+    assert hits.tolist() == [int(right)]
+    # Of the shared tokens those from the position on; then three classes' own, one name of two.
+    shared = {"end": 5, "middle": 3, "front": 1}[place]
+    assert tokens == [max(0, shared - 1 - position) + 3 * (4 + 4 - shared)]
+
+
+def test_a_probe_of_one_prompt_leaves_the_other_as_it_was_embedded(
+    clip_folder: Path, picture_rows: Features, task: LabelledTask
+) -> None:
+    model = prompted(clip_folder, length=3)
+    state = moved(model.initial((task,), 0))
+    model.load(state | {"local.text": -state["prompt.text"]}, 0, task)
+    batch = all_rows(model, model.past_stem(picture_rows))
+    rows: list[int] = []
+    first = model.module.get_submodule("text_model.encoder.layers.0.layer_norm1")
+    hook = first.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
+    model.logits(batch)
+    model.hits_of(batch, "prompt.text", 0.5 * state["prompt.text"][None])
+    hook.remove()
+    assert rows == [2, 1]
 
 
 def test_hits_of_other_contexts_of_each_class(
