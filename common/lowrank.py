@@ -227,7 +227,7 @@ class _Orthonormal:
         found, self._scales = torch.geqrf(matrix)
         self._size = min(matrix.shape)
         self.triangle = found[: self._size].triu()
-        self._reflections = found[:, : self._size].contiguous()
+        self._reflections = found[:, : self._size]
 
     def times(self, matrix: Tensor) -> Tensor:
         """Return `Q·X` (m, k) for X (min(m, n), k)."""
