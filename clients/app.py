@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from clients.evaluation import evaluate_own, judge
 from clients.harm import harmed, random_labels
-from clients.prompt_norms import NormPenalty, answers_of, norm_penalty
+from clients.prompt_norms import answers_of, norm_penalty
 from clients.repeats import Training, kept_trainings, training_key
 from clients.training import LocalRun, train_locally
 from clients.upload import compressed, rank_of, returned
@@ -90,15 +90,6 @@ def train(message: Message, context: Context) -> Message:
     # An update that diverged is refused by the server; nothing of it may stay here either.
     client.remember(own if _is_finite(own) else client.memory.own)
     return Message(pack_update(training.outcome, {**tensors, **answers}), reply_to=message)
-
-
-def _probed(penalty: NormPenalty | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return how often each position was asked about and chosen, prompt after prompt."""
-    asked, chosen = (penalty.asked, penalty.chosen) if penalty else ({}, {})
-    return (
-        tuple(int(n) for name in asked for n in asked[name]),
-        tuple(int(n) for name in chosen for n in chosen[name]),
-    )
 
 
 @app.train("project")
@@ -246,7 +237,10 @@ class _Client:
                 model, rows, run, experiment.train, experiment.copra, correction, penalty
             )
             seconds = time.perf_counter() - start
-            outcome = Outcome(plan.client, len(rows), trained.loss, seconds, *_probed(penalty))
+            asked, chosen = (penalty.asked, penalty.chosen) if penalty else ({}, {})
+            outcome = Outcome(
+                plan.client, len(rows), trained.loss, seconds, _listed(asked), _listed(chosen)
+            )
             return Training(model.state(), trained, outcome)
 
         given = {**self.held, **prefixed("own/", self.memory.own), **prefixed("c/", correction)}
@@ -264,6 +258,10 @@ class _Client:
         """Keep the model of this parcel, and what is the client's own."""
         memory = Memory(self.plan.parcel, self.held, own)
         remember(self._context.state, self.plan.client, self.plan.run, memory)
+
+
+def _listed(counts: Tensors) -> dict[str, list[int]]:
+    return {name: [int(n) for n in count] for name, count in counts.items()}
 
 
 def _is_finite(tensors: Tensors) -> bool:

@@ -7,7 +7,7 @@ that is serialised.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from common.tensors import Tensors, part_of
 
 _TENSORS, _PLAN, _OUTCOME, _TEXT = "tensors", "plan", "outcome", "text"
 _HELD, _OWN, _MEMORY = "held", "own", "memory"
+_ASKED, _CHOSEN = "asked/", "chosen/"
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,17 @@ class Plan:
 class Outcome:
     """What a client says of its training: rows it holds, mean loss of its steps, seconds.
 
-    Where it asked at every step which positions of its prompt matter: how often it `asked` about
-    each, and at how many of these shrinking helped (`chosen`). `reused` says that another run had
-    trained this already; the seconds are those it took then.
+    Where it asked at every step which positions of its prompts matter, by prompt: how often it
+    `asked` about each, and at how many of these shrinking helped (`chosen`). `reused` says that
+    another run had trained this already; the seconds are those it took then.
     """
 
     client: int
     num_examples: int
     loss: float
     seconds: float
-    asked: tuple[int, ...] = ()
-    chosen: tuple[int, ...] = ()
+    asked: Mapping[str, list[int]] = field(default_factory=dict)
+    chosen: Mapping[str, list[int]] = field(default_factory=dict)
     reused: bool = False
 
 
@@ -103,8 +104,9 @@ def pack_update(outcome: Outcome, tensors: Tensors) -> RecordDict:
             "reused": outcome.reused,
         }
     )
-    if outcome.asked:
-        config["asked"], config["chosen"] = list(outcome.asked), list(outcome.chosen)
+    for what, counts in ((_ASKED, outcome.asked), (_CHOSEN, outcome.chosen)):
+        for prompt, count in counts.items():
+            config[what + prompt] = count
     return RecordDict({_OUTCOME: config, _TENSORS: _pack(tensors)})
 
 
@@ -121,8 +123,8 @@ def unpack_update(content: RecordDict) -> tuple[Outcome, dict[str, torch.Tensor]
             num_examples=int(config["num-examples"]),  # type: ignore[arg-type]
             loss=float(config["loss"]),  # type: ignore[arg-type]
             seconds=float(config["seconds"]),  # type: ignore[arg-type]
-            asked=tuple(config.get("asked", ())),  # type: ignore[arg-type]
-            chosen=tuple(config.get("chosen", ())),  # type: ignore[arg-type]
+            asked=_counts(config, _ASKED),
+            chosen=_counts(config, _CHOSEN),
             reused=bool(config["reused"]),
         )
         tensors = _unpack(content.array_records[_TENSORS])
@@ -131,6 +133,11 @@ def unpack_update(content: RecordDict) -> tuple[Outcome, dict[str, torch.Tensor]
     if outcome.num_examples < 1:
         raise UpdateRefusedError(f"num-examples = {outcome.num_examples}: an empty shard")
     return outcome, tensors
+
+
+def _counts(config: ConfigRecord, what: str) -> dict[str, list[int]]:
+    named = {name.removeprefix(what): name for name in config if name.startswith(what)}
+    return {prompt: list(config[name]) for prompt, name in named.items()}  # type: ignore[arg-type]
 
 
 def pack_identity(client: int) -> RecordDict:

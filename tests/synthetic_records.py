@@ -163,7 +163,9 @@ def prompt_record(
             "length": 4, "class_specific": False, "prompts": 1, "visual": 0, "visual_blocks": 1,
         },
     }  # fmt: skip
-    experiment["nemesis"] = {"kind": "none", "strength": 1.0, "schedule": "constant"}
+    experiment["nemesis"] = {
+        "kind": "none", "strength": 1.0, "schedule": "constant", "probing": "step",
+    }  # fmt: skip
     experiment["strategy"] = {"name": strategy}
     for number, entry in enumerate(record["rounds"], start=1):
         entry |= {"aggregation_error": None, "factor_covariance": None}

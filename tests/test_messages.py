@@ -72,7 +72,8 @@ def test_an_instruction_may_hold_no_tensor_at_all() -> None:
 
 
 def test_an_update_arrives_as_it_was_sent() -> None:
-    outcome = Outcome(client=3, num_examples=20, loss=0.5, seconds=1.5)
+    asked, chosen = {"prompt.text": [2, 1]}, {"prompt.text": [0, 1]}
+    outcome = Outcome(3, num_examples=20, loss=0.5, seconds=1.5, asked=asked, chosen=chosen)
     again, tensors = unpack_update(travelled(pack_update(outcome, TENSORS)))
     assert again == outcome
     assert digest(tensors) == digest(TENSORS)

@@ -153,10 +153,16 @@ def test_how_often_a_position_is_chosen_is_in_the_record(prompt_experiment: Buil
     finished = run(prompt_experiment(**settings, adapter__prompt__spread=0.5))
     for row in finished.outcomes.rounds:
         for client in row["clients"]:
-            assert sum(client["asked"]) == 2 * 3  # steps, positions
-            pairs = zip(client["chosen"], client["asked"], strict=True)
-            assert all(0 <= chosen <= asked <= 2 for chosen, asked in pairs)
-    chosen = [n for row in finished.outcomes.rounds for c in row["clients"] for n in c["chosen"]]
+            assert client["asked"].keys() == client["chosen"].keys() == {"prompt.text"}
+            asked, chosen = client["asked"]["prompt.text"], client["chosen"]["prompt.text"]
+            assert sum(asked) == 2 * 3  # steps, positions
+            assert all(0 <= c <= a <= 2 for c, a in zip(chosen, asked, strict=True))
+    chosen = [
+        n
+        for row in finished.outcomes.rounds
+        for client in row["clients"]
+        for n in client["chosen"]["prompt.text"]
+    ]
     assert any(chosen)
 
 

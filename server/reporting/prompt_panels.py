@@ -15,19 +15,19 @@ from server.reporting.comparison import Groups, Record
 from server.reporting.drawing import (
     MUTED,
     SERIES,
-    SHADES,
     TEXT,
     Cells,
     Line,
     Mark,
     draw,
     marks,
-    opacity,
     paint_cells,
     paint_lines,
     square,
 )
 from server.reporting.figures import Key, Panel, legend_of, score_line
+from server.reporting.pan_panels import selection_panels
+from server.reporting.prompt_maps import KINDS, MAPS, Kind, drawn_map, first_and_last, shades_of
 from server.reporting.wording import count_of, percent, points, shortened, spoken
 
 Analysis = Mapping[str, Any]
@@ -36,29 +36,9 @@ Drift = Mapping[str, Any]
 
 # Averaging that takes less than this share off the norms leaves nothing to give back.
 LITTLE = 0.01
-# Labels whose positions are drawn apart, each in a panel of its own.
-MAPS = 4
-_PICTURES = "prompt.image"  # as the model names it; all other prompts are contexts of captions
 
 
 # Norms over the rounds, from the records alone.
-
-
-@dataclass(frozen=True)
-class Kind:
-    """The prompts that belong into one panel: their norms are of one size.
-
-    Attributes:
-        suffix: of the panels' names.
-        called: how sentences begin.
-    """
-
-    suffix: str
-    called: str
-    of_pictures: bool
-
-
-KINDS = (Kind("", "The context of captions", False), Kind("-pictures", "Prompts of pictures", True))
 
 
 def prompt_panels(groups: Groups) -> list[Panel]:
@@ -71,6 +51,7 @@ def prompt_panels(groups: Groups) -> list[Panel]:
             found += [
                 _norm_panel(held, chosen, kind),
                 *_position_panels(held, kind),
+                *selection_panels(held, chosen, kind),
                 *_drift_panels(held, chosen, kind),
             ]
     return found
@@ -80,9 +61,7 @@ def _drifts(record: Record, kind: Kind) -> dict[int, list[Drift]]:
     """Return what each round that merged anything has measured of these prompts."""
     by_round = {
         entry["round"]: [
-            drift
-            for name, drift in (entry.get("prompts") or {}).items()
-            if (name == _PICTURES) == kind.of_pictures
+            drift for name, drift in (entry.get("prompts") or {}).items() if kind.holds(name)
         ]
         for entry in record["rounds"]
     }
@@ -222,27 +201,11 @@ def _norms_by_position(record: Record, kind: Kind) -> Cells | None:
 def _position_panel(
     record: Record, norms: Cells, ends: tuple[float, float], suffix: str, kind: Kind
 ) -> Panel:
-    low, high = ends
-    width = high - low
-    # The least norm has the faintest shade: what is blank was not measured.
-    least = 1 / SHADES
-    shares = least + (1 - least) * ((norms - low) / width if width else np.ones_like(norms))
     rounds = [entry["round"] for entry in record["rounds"]]
-    positions = len(norms)
-
-    def paint(axes: Axes) -> None:
-        paint_cells(axes, np.nan_to_num(shares), SERIES[0])
-        axes.set(xlabel="round", ylabel="position")
-        step = math.ceil(len(rounds) / 12)
-        axes.set_xticks(range(0, len(rounds), step), [str(n) for n in rounds[::step]])
-        step = math.ceil(positions / 16)
-        axes.set_yticks(range(0, positions, step), [str(i) for i in range(0, positions, step)])
-
     last = norms[:, ~np.isnan(norms).any(axis=0)][:, -1]
     longest, shortest = int(last.argmax()), int(last.argmin())
     apart = float((last.max() - last.min()) / last.mean())
     name = f"prompt-norms-by-position{suffix}"
-    levels = {low: least, (low + high) / 2: (1 + least) / 2, high: 1.0} if width else {high: 1.0}
     return Panel(
         name=name,
         heading="Which positions have long vectors?",
@@ -253,28 +216,16 @@ def _position_panel(
         conclusion=f"With {record['label']} position {longest} ends with the longest "
         f"vector ({last[longest]:.3g}) and position {shortest} the shortest "
         f"({last[shortest]:.3g}): they are {percent(apart, 0)} of the mean norm apart."
-        if positions > 1
+        if len(norms) > 1
         else f"With {record['label']} the one position's vector ends with norm {last[0]:.3g}.",
-        drawing=draw(
-            name,
-            "Norms by position and round",
-            paint,
-            height=min(6.0, 1.1 + 0.2 * max(positions, 6)),
-        ),
-        legend=[
-            Key(f"{norm:.3g}", square(SERIES[0], opacity(share))) for norm, share in levels.items()
-        ],
-        columns=("Position", *(f"round {n}" for n in _ends(rounds))),
+        drawing=drawn_map(name, "Norms by position and round", norms, ends, rounds),
+        legend=shades_of(ends, lambda norm: f"{norm:.3g}"),
+        columns=("Position", *(f"round {n}" for n in first_and_last(rounds))),
         numbers=[
-            [str(position), *(_plain(row[at]) for at in _ends(range(len(rounds))))]
+            [str(position), *(_plain(row[at]) for at in first_and_last(range(len(rounds))))]
             for position, row in enumerate(norms)
         ],
     )
-
-
-def _ends(items: Sequence[int]) -> list[int]:
-    """Return the first and the last, or the only one."""
-    return list(dict.fromkeys([items[0], items[-1]]))
 
 
 def _plain(value: float) -> str:
