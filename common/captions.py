@@ -46,7 +46,7 @@ class Captions:
         Args:
             tower: transformers' `CLIPTextModel`.
             contexts: (n, 1 or C, M, d), what goes into the slots.
-            past: of the tokens before `start`, from an earlier call; or `no_past`.
+            past: of the tokens before `start`, from an earlier call; or `no_past`, or `past_of`.
             start: at most P. The tokens before it are not looked at.
         """
         many, (classes, length, width) = len(contexts), self.words.shape
@@ -102,6 +102,18 @@ def no_past(tower: Any, many: int) -> Past:
     weight, heads = tower.final_layer_norm.weight, tower.config.num_attention_heads
     nothing = weight.new_zeros(many, heads, 0, len(weight) // heads)
     return [(nothing, nothing)] * len(tower.encoder.layers)
+
+
+def past_of(tower: Any, prefix: Tensor, many: int) -> Past:
+    """Return the `past` of `many` sets of captions before which a prefix (blocks, 2, T, d) stands.
+
+    Its keys and values have no position and count as none: captions start where they always do.
+    """
+    heads = tower.config.num_attention_heads
+    return [
+        (split[:1].expand(many, -1, -1, -1), split[1:].expand(many, -1, -1, -1))
+        for split in (_by_head(of_block, heads) for of_block in prefix)
+    ]
 
 
 def _states(

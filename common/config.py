@@ -141,8 +141,9 @@ class Prompt(_Table):
     The context is `length` vectors in each caption, shared by all classes or, `class_specific`, one
     context a class. Several `prompts` (PLOT without its transport) each make a classifier; their
     logits are averaged. Visual prompts are `visual` vectors behind the class token of the picture,
-    in each of the first `visual_blocks` blocks, which forget those of the block before. A ViT has
-    no captions, and needs `length = 0`; without visual prompts only its linear head is trained.
+    in each of the first `visual_blocks` blocks, which forget those of the block before. A `prefix`
+    is keys and values that every block of the text tower attends to. A ViT has no captions, and
+    needs `length = 0` and no prefix; without visual prompts only its linear head is trained.
     """
 
     length: int = Field(16, ge=0, description="context vectors of a caption")
@@ -151,6 +152,7 @@ class Prompt(_Table):
         "end", description="where the class name stands; middle: after half the context"
     )
     prompts: int = Field(1, ge=1)
+    prefix: int = Field(0, ge=0, description="keys, and as many values, in each text block")
     visual: int = Field(0, ge=0, description="prompt vectors of a picture in a block")
     visual_blocks: int = Field(1, ge=1, description="1: shallow; more: deep")
     words: str = Field("", description="the context starts as these words, as far as they reach")
@@ -239,11 +241,15 @@ class Adapter(_Table):
         )
         if foreign:
             raise ValueError(f"kind = {self.kind!r} has no use for {', '.join(foreign)}")
-        if self.transfer.kind != "none" and (self.prompt.visual or self.prompt.length):
+        others_set = {
+            key: value
+            for key in ("length", "prefix", "visual")
+            if (value := getattr(self.prompt, key))
+        }
+        if self.transfer.kind != "none" and others_set:
             raise ValueError(
                 f"transfer.kind = {self.transfer.kind!r} makes the only prompt; set "
-                f"prompt.length = 0 and prompt.visual = 0, not {self.prompt.length} and "
-                f"{self.prompt.visual}"
+                + ", ".join(f"prompt.{key} = 0, not {n}" for key, n in others_set.items())
             )
         return self
 
@@ -442,10 +448,11 @@ class Experiment(_Table):
         if transfer.kind != "none" and (self.task.shifts or self.nemesis.kind != "none"):
             unwanted = "task.shifts" if self.task.shifts else "nemesis.kind"
             raise ValueError(f"adapter.transfer.kind = {transfer.kind!r} has no use for {unwanted}")
-        if prompted and self.nemesis.kind != "none" and not (prompt.length or prompt.visual):
+        some = prompt.length or prompt.prefix or prompt.visual
+        if prompted and self.nemesis.kind != "none" and not some:
             raise ValueError(
-                f"nemesis.kind = {self.nemesis.kind!r} needs a prompt; adapter.prompt.length and "
-                "adapter.prompt.visual are 0"
+                f"nemesis.kind = {self.nemesis.kind!r} needs a prompt; adapter.prompt.length, "
+                "prefix and visual are 0"
             )
         if self.task.shifts and prompt.class_specific:
             raise ValueError(

@@ -2,14 +2,17 @@
 
 CoOp (arXiv 2109.01134) puts M learned vectors beside the words of each class name; the embedded
 caption is the classifier's weight for that class. VPT (arXiv 2203.12119) puts vectors among the
-patches of the picture. Both towers are composed from the model's own parts, so that without a
-prompt they give what `CLIPModel` gives.
+patches of the picture. Prefix tuning (arXiv 2101.00190) gives every block of the text tower keys
+and values that all its tokens attend to, here learned as they are, without a network that makes
+them. Both towers are composed from the model's own parts, so that without a prompt they give what
+`CLIPModel` gives.
 
 A model's state, float32:
 
 - `prompt.text` (M, d), or (N, M, d) for several prompts, shared by all tasks and classes;
 - `local.text`, the same again, where a method gives clients a prompt of their own;
 - `head.<task>.context` (C, M, d) or (C, N, M, d) in place of these, one context a class;
+- `prompt.prefix` (blocks, 2, T, d), keys and values, shared by all contexts, tasks and classes;
 - `prompt.image` (blocks, T, width).
 """
 
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.backbones import Preprocessor, choose_device, load_preprocessor, named_in_errors
-from common.captions import Captions, Past, caption_ids, no_past, shared_tokens
+from common.captions import Captions, Past, caption_ids, no_past, past_of, shared_tokens
 from common.config import Backbone, Prompt
 from common.errors import ConfigError
 from common.features import Batch, Features
@@ -32,6 +35,7 @@ from common.tasks import Kind, LabelledTask
 from common.tensors import Tensors, check_update, head_prefix
 
 SHARED, LOCAL, VISUAL = "prompt.text", "local.text", "prompt.image"
+PREFIX = "prompt.prefix"
 _PICTURES_AT_ONCE = 64
 _CAPTIONS_AT_ONCE = 1024  # of a probe: bounds its memory where there are many classes
 
@@ -138,6 +142,9 @@ class PromptedClip:
             shapes[_own_context(task)] = torch.Size((len(task.labels), *context))
         elif prompt.length:
             shapes[SHARED] = torch.Size(context)
+        if prompt.prefix:
+            blocks = len(self._clip.towers.text_model.encoder.layers)
+            shapes[PREFIX] = torch.Size((blocks, 2, prompt.prefix, width))
         if prompt.visual:
             size = self._clip.towers.config.vision_config.hidden_size
             shapes[VISUAL] = torch.Size((prompt.visual_blocks, prompt.visual, size))
@@ -152,7 +159,7 @@ class PromptedClip:
             for name, shape in self.shapes(0, task).items():
                 stream = torch_generator(seed, name, restart)
                 state[name] = self._prompt.spread * torch.randn(shape, generator=stream)
-                if self._prompt.words and name != VISUAL:
+                if self._prompt.words and name not in (VISUAL, PREFIX):
                     words = self._embedded_words().cpu()
                     state[name][..., : len(words), :] = words
         return state
@@ -190,9 +197,9 @@ class PromptedClip:
         return self._similarities(self._pictures(batch), captions).mean(dim=0)
 
     def hits_of(self, batch: Batch, name: str, contexts: Tensor) -> Tensor:
-        """Return how many rows are classified right with each of K contexts in place of one.
+        """Return how many rows are classified right with each of K prompts in place of one.
 
-        (K,), without a gradient, for contexts (K, *shape of the context called `name`); all others
+        (K,), without a gradient, for contexts (K, *shape of the prompt called `name`); all others
         stay as they are, and what comes before the first vector that changes is not computed again.
         """
         hits = []
@@ -228,6 +235,10 @@ class PromptedClip:
 
     def _contexts(self) -> dict[str, Tensor]:
         """Return the live prompts of captions, in name order."""
+        return {n: p for n, p in self._parameters.items() if n not in (VISUAL, PREFIX)}
+
+    def _of_captions(self) -> dict[str, Tensor]:
+        """Return all that captions are made of, in name order."""
         return {n: p for n, p in self._parameters.items() if n != VISUAL}
 
     def _contexts_at_once(self) -> int:
@@ -235,7 +246,7 @@ class PromptedClip:
 
     def _caption_embeddings(self) -> Tensor:
         """Return (N, C, projection); made once for all batches as long as nothing is trained."""
-        if torch.is_grad_enabled() and self._contexts():
+        if torch.is_grad_enabled() and self._of_captions():
             made = self._embed_captions()
             past = [(keys.detach(), values.detach()) for keys, values in made.past]
             self._kept = _Embedded(made.of, made.embeddings.detach(), past)
@@ -252,29 +263,38 @@ class PromptedClip:
             return self._kept
 
     def _made_of(self) -> tuple[Any, ...]:
-        """Return the versions of the live contexts, and the precision that holds here."""
+        """Return the versions of what captions are made of, and the precision that holds here."""
         kind = self.device.type
         precision = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        return precision, *(context._version for context in self._contexts().values())
+        return precision, *(prompt._version for prompt in self._of_captions().values())
 
     def _embed_captions(self) -> _Embedded:
         """Embed the captions of the live prompts."""
         contexts = self._stacked(list(self._contexts().values()))
-        past = no_past(self._clip.towers.text_model, len(contexts))
+        past = self._before(self._parameters.get(PREFIX), len(contexts))
         return _Embedded(self._made_of(), *self._embed(contexts, past))
 
+    def _before(self, prefix: Tensor | None, many: int) -> Past:
+        """Return what stands before `many` sets of captions: a prefix (blocks, 2, T, d), if any."""
+        tower = self._clip.towers.text_model
+        return no_past(tower, many) if prefix is None else past_of(tower, prefix, many)
+
     def _embedded_with(self, name: str, contexts: Tensor) -> Tensor:
-        """Return (K, N, C, projection), with K contexts in place of the live one called `name`."""
+        """Return (K, N, C, projection), with K prompts in place of the live one called `name`."""
+        if name == PREFIX:
+            live = self._stacked(list(self._contexts().values()))
+            before = [self._before(prefix, len(live)) for prefix in contexts]
+            return torch.stack([self._embed(live, past)[0] for past in before])
         captions, kept = self._captions_of(self._loaded_task()), self._kept_captions()
         changed = (contexts != self._parameters[name]).any(dim=-1).flatten(0, -2).any(dim=0)
         # Up to P a vector stands at the same place in all captions.
         start = min([captions.shared, *captions.slots[0, changed].tolist()])
-        several = self._prompt.prompts
+        several, ahead = self._prompt.prompts, self._prompt.prefix
         other = torch.tensor([of != name for of in self._contexts() for _ in range(several)])
         past = [
             (
-                keys[~other, :, :start].repeat(len(contexts), 1, 1, 1),
-                values[~other, :, :start].repeat(len(contexts), 1, 1, 1),
+                keys[~other, :, : ahead + start].repeat(len(contexts), 1, 1, 1),
+                values[~other, :, : ahead + start].repeat(len(contexts), 1, 1, 1),
             )
             for keys, values in kept.past
         ]
@@ -355,10 +375,10 @@ class PromptedClip:
         return int(self._clip.towers.config.text_config.max_position_embeddings)
 
     def _check(self) -> None:
-        if not self._prompt.length and not self._prompt.visual:
+        if not (self._prompt.length or self._prompt.prefix or self._prompt.visual):
             raise ConfigError(
-                "adapter.prompt.length = 0 and adapter.prompt.visual = 0: of a CLIP nothing would "
-                "be trained"
+                "adapter.prompt.length, prefix and visual are all 0: of a CLIP nothing would be "
+                "trained"
             )
         blocks = self._clip.towers.config.vision_config.num_hidden_layers
         if self._prompt.visual and self._prompt.visual_blocks > blocks:

@@ -217,10 +217,12 @@ def _head_names(task: LabelledTask) -> tuple[str, str]:
     return prefix + "weight", prefix + "bias"
 
 
+_OF_PICTURES = ("visual", "visual_blocks")
+
+
 def _check(prompt: Prompt, blocks: int) -> None:
-    of_captions = ("length", "class_specific", "prompts", "words", "ending", "class_at", "spread")
     unused = Prompt(length=0)
-    for key in of_captions:
+    for key in (key for key in Prompt.model_fields if key not in _OF_PICTURES):
         if (given := getattr(prompt, key)) != (wanted := getattr(unused, key)):
             raise ConfigError(
                 f"adapter.prompt.{key} = {given!r} is for captions, which a ViT has not; set it to "

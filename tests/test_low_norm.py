@@ -239,6 +239,7 @@ def test_numbers_are_json_and_say_what_they_are(analysis: Mapping[str, Any]) -> 
         ({"adapter__prompt__prompts": 2}, (2, 4, 12)),
         ({"adapter__prompt__class_specific": True}, (10, 4, 12)),
         ({"adapter__prompt__visual": 3}, (4, 12)),
+        ({"adapter__prompt__prefix": 3}, (4, 12)),
     ],
 )
 def test_all_contexts_change_together_at_a_position(

@@ -106,6 +106,22 @@ def test_norms_are_in_the_record(prompt_experiment: Build) -> None:
     assert record["rounds"][-1]["prompts"]["prompt.text"]["norm"] == pytest.approx(norms.tolist())
 
 
+def test_a_prefix_is_trained_pulled_and_averaged_like_a_context(prompt_experiment: Build) -> None:
+    prefix = {"adapter__prompt__prefix": 3, "adapter__prompt__length": 0}
+    found = {}
+    for kind in ("none", "pun", "pan"):
+        finished = run(prompt_experiment(**prefix, nemesis__kind=kind))
+        [model] = finished.outcomes.served
+        [(name, tensor)] = model.tensors.items()
+        assert name == "prompt.prefix"
+        found[kind] = float(vector_norms(tensor).sum())
+        last = finished.outcomes.rounds[-1]
+        assert len(last["prompts"][name]["norm"]) == tensor[..., 0].numel()
+        asked = [sum(c.get("asked", {}).get(name, ())) for c in last["clients"]]
+        assert asked == [2 if kind == "pan" else 0] * 3  # one position a step
+    assert found["pun"] < found["none"]
+
+
 def test_other_classes_and_other_data_are_scored_beside(prompt_experiment: Build) -> None:
     shifts = [{"name": "digits", "classes": "new"}]
     finished = run(prompt_experiment(task__classes="base", task__shifts=shifts))

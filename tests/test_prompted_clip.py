@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.captions import Captions, caption_ids, no_past, shared_tokens
+from common.captions import Captions, caption_ids, no_past, past_of, shared_tokens
 from common.config import Adapter, Backbone, Prompt
 from common.errors import ConfigError, UpdateRefusedError
 from common.features import Features
@@ -110,6 +110,41 @@ def test_gradients_through_the_text_tower_are_those_of_the_stock_blocks(
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-10, atol=1e-12)
 
 
+def test_every_token_attends_to_the_prefix_which_has_no_position(clip_folder: Path) -> None:
+    tower = load_clip(Backbone(path=str(clip_folder)), "image", "cpu").towers.double().text_model
+    heads = tower.config.num_attention_heads
+    prefix = torch.randn(len(tower.encoder.layers), 2, 3, 12, dtype=torch.float64)
+
+    def by_head(tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+    # Caption by caption and token by token, from the formula.
+    expected = []
+    for ids, end in zip(IDS, ENDS, strict=True):
+        hidden = tower.embeddings(input_ids=ids[None])[0]
+        for block, (more_keys, more_values) in zip(tower.encoder.layers, prefix, strict=True):
+            attention, normed = block.self_attn, block.layer_norm1(hidden)
+            queries = by_head(attention.q_proj(normed))
+            keys = by_head(torch.cat([more_keys, attention.k_proj(normed)]))
+            values = by_head(torch.cat([more_values, attention.v_proj(normed)]))
+            found = []
+            for token in range(len(ids)):
+                scores = queries[:, token, None] @ keys[:, : 3 + token + 1].mT
+                weights = (scores / queries.shape[-1] ** 0.5).softmax(dim=-1)
+                found.append((weights @ values[:, : 3 + token + 1])[:, 0].flatten())
+            hidden = hidden + attention.out_proj(torch.stack(found))
+            hidden = hidden + block.mlp(block.layer_norm2(hidden))
+        expected.append(tower.final_layer_norm(hidden)[end])
+
+    words = tower.embeddings.token_embedding(IDS)
+    empty = words.new_zeros(2, 1, 0, 12)
+    for shared in (0, 1, 4):
+        captions = Captions(words, torch.zeros(3, 0, dtype=torch.int64), ENDS, shared)
+        mine, _ = captions.states(tower, empty, past_of(tower, prefix, 2))
+        for of_set in mine:
+            torch.testing.assert_close(of_set, torch.stack(expected), rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("ids", "slots", "own", "expected"),
     [
@@ -175,6 +210,8 @@ def test_vectors_stand_around_the_name(clip_folder: Path, place: Any, expected: 
         {"length": 2, "class_specific": True, "prompts": 2},
         {"length": 2, "visual": 2},
         {"length": 0, "visual": 2, "visual_blocks": 3},
+        {"length": 0, "prefix": 2},
+        {"length": 2, "prompts": 2, "prefix": 1, "visual": 1},
     ],
     ids=str,
 )
@@ -272,7 +309,9 @@ def test_kept_captions_follow_the_prompt(
     torch.testing.assert_close(alike, alike[:, :1].expand(-1, 3))
 
 
-@pytest.mark.parametrize("settings", [{"length": 3}, {"length": 3, "prompts": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"length": 3}, {"length": 3, "prompts": 2}, {"length": 3, "prefix": 2}], ids=str
+)
 @pytest.mark.parametrize("own", [False, True])
 def test_hits_of_other_contexts_are_those_of_loading_them(
     clip_folder: Path,
@@ -356,6 +395,25 @@ def test_hits_of_other_contexts_of_each_class(
         with torch.no_grad():
             right = (model.logits(batch).argmax(dim=1) == batch.labels).sum()
         assert int(hits) == int(right)
+
+
+@pytest.mark.parametrize("settings", [{"length": 0}, {"length": 2, "prompts": 2}], ids=str)
+def test_hits_of_other_prefixes(
+    clip_folder: Path, picture_rows: Features, task: LabelledTask, settings: dict[str, Any]
+) -> None:
+    model = prompted(clip_folder, prefix=2, **settings)
+    state = moved(model.initial((task,), 0))
+    model.load(state, 0, task)
+    batch = all_rows(model, model.past_stem(picture_rows))
+    stream = torch.Generator().manual_seed(1)
+    prefixes = 3 * torch.randn(4, *state["prompt.prefix"].shape, generator=stream)
+    found = model.hits_of(batch, "prompt.prefix", prefixes)
+    for prefix, hits in zip(prefixes, found, strict=True):
+        model.load(state | {"prompt.prefix": prefix}, 0, task)
+        with torch.no_grad():
+            right = (model.logits(batch).argmax(dim=1) == batch.labels).sum()
+        assert int(hits) == int(right)
+    assert len(set(found.tolist())) > 1
 
 
 def test_visual_prompts_of_depth_replace_those_of_the_block_before(

@@ -26,7 +26,7 @@ from common.low_norm import (
     sign_test,
 )
 from common.nemesis import vector_norms
-from common.prompted_clip import VISUAL
+from common.prompted_clip import PREFIX, VISUAL
 from common.seeds import torch_generator
 from common.tensors import Tensors, is_prompt
 from server.analysis.pruning import ERRORS, estimate, grouped
@@ -171,8 +171,8 @@ def _check_has_context(run: StoredRun) -> None:
         )
     if not adapter.prompt.length:
         raise ConfigError(
-            f"{run.folder}: adapter.prompt.length = 0, so that adapter.kind = 'prompt' has prompts "
-            "of pictures alone; choose a run with a context of captions"
+            f"{run.folder}: adapter.prompt.length = 0, so that captions have no context; choose a "
+            "run with one"
         )
 
 
@@ -250,7 +250,8 @@ def measure_low_norm(
 
 def contexts_of(tensors: Tensors) -> dict[str, Tensor]:
     """Return the contexts of captions, (..., M, d) each: the shared one, or those of tasks."""
-    return {n: tensor for n, tensor in tensors.items() if is_prompt(n) and n != VISUAL}
+    others = (PREFIX, VISUAL)
+    return {n: tensor for n, tensor in tensors.items() if is_prompt(n) and n not in others}
 
 
 def corrupted_model(run: StoredRun, corruption: Corruption) -> tuple[Served, Effect]:

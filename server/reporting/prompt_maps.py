@@ -34,8 +34,12 @@ class Kind:
 
 
 # By prompts as the model names them; all others are contexts of captions.
-_SUFFIXES = {"prompt.image": "-pictures"}
-KINDS = (Kind("", "The context of captions"), Kind("-pictures", "Prompts of pictures"))
+_SUFFIXES = {"prompt.image": "-pictures", "prompt.prefix": "-prefix"}
+KINDS = (
+    Kind("", "The context of captions"),
+    Kind("-prefix", "Keys and values before the captions"),
+    Kind("-pictures", "Prompts of pictures"),
+)
 
 
 def drawn_map(
