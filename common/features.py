@@ -128,8 +128,7 @@ def _framed(picture: Image.Image, preprocessor: Preprocessor) -> Image.Image:
     edge, resample = preprocessor.tool.size.get("shortest_edge"), preprocessor.tool.resample
     if not edge:
         return picture.resize((width, height), resample)
-    factor = edge / min(picture.size)
-    whole = [max(edge, round(side * factor)) for side in picture.size]
+    whole = [edge * side // min(picture.size) for side in picture.size]
     left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
     return picture.resize((whole[0], whole[1]), resample).crop(
         (left, top, left + width, top + height)
