@@ -136,13 +136,17 @@ class Backbone(_Source):
 
 
 class Prompt(_Table):
-    """Soft prompts of a CLIP or a ViT: vectors in front of, among or behind its tokens.
+    """Soft prompts of a CLIP, a ViT or a text encoder: vectors among its tokens.
 
     The context is `length` vectors in each caption, shared by all classes or, `class_specific`, one
     context a class. Several `prompts` (PLOT without its transport) each make a classifier; their
     logits are averaged. Visual prompts are `visual` vectors behind the class token of the picture,
     in each of the first `visual_blocks` blocks, which forget those of the block before. A ViT has
     no captions, and needs `length = 0`; without visual prompts only its linear head is trained.
+
+    On texts `length` vectors stand in front of each text. A linear head reads the class token, or,
+    with a `verbaliser`, the masked language model fills in a class's name. Several tasks share one
+    prompt, or, `task_specific`, have one each.
     """
 
     length: int = Field(16, ge=0, description="context vectors of a caption")
@@ -156,6 +160,10 @@ class Prompt(_Table):
     words: str = Field("", description="the context starts as these words, as far as they reach")
     spread: float = Field(0.02, gt=0, description="standard deviation of the start's entries")
     ending: str = Field("", description="text behind the caption, such as a full stop")
+    task_specific: bool = Field(False, description="of texts: every task has a prompt of its own")
+    verbaliser: bool = Field(
+        False, description="of texts: classes are answered by their names, and no head is trained"
+    )
 
     @model_validator(mode="after")
     def _keys_of_captions(self) -> Self:
