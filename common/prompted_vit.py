@@ -77,6 +77,11 @@ class PromptedVit:
         return self._backbone.preprocessor
 
     @property
+    def vit(self) -> Any:
+        """Return the frozen ViT."""
+        return self._vit
+
+    @property
     def module(self) -> nn.Module:
         """Return a module without layers: whatever mode it is set to, the ViT stays as it is."""
         return self._trained

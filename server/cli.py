@@ -434,6 +434,59 @@ def low_norm(
     _rewrite_report(runs[0])
 
 
+@app.command()
+def bank(
+    folder: Annotated[Path, typer.Argument(help="The folder of the bank; made if need be.")],
+    imported: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--import",
+            help="A safetensors file: a prompt of another bank, or the 13 published for "
+            "roberta-base; may be repeated.",
+        ),
+    ] = None,
+    added: Annotated[
+        list[Path] | None,
+        typer.Option("--add", help="The folder of a run of soft prompts; may be repeated."),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option(help="Of the prompts of --add.", show_default="not stated")
+    ] = "",
+    prefix: Annotated[str, typer.Option(help="Put before the names of the prompts of --add.")] = "",
+) -> None:
+    """Keep trained soft prompts for other tasks: list them, put some in, say how alike they are.
+
+    Writes bank.json and bank.html into the folder, over older ones.
+
+    Example: fedcopra bank bank/ --add runs/source-prompts-promptfl-seed0
+    """
+    if (licence or prefix) and not added:
+        option = "--licence" if licence else "--prefix"
+        raise ConfigError(f"{option} is of the prompts of --add, and there is none")
+    from common.prompt_bank import load_bank
+    from server.analysis.source_prompts import (
+        NOT_STATED,
+        describe,
+        entries_of_file,
+        entries_of_run,
+        put_into,
+    )
+    from server.analysis.stored_run import open_run
+    from server.reporting.bank_page import BRIEF, brief_rows, remarks, write_bank_page
+
+    entries = [entry for file in imported or [] for entry in entries_of_file(file)]
+    for run in added or []:
+        entries += entries_of_run(open_run(run), licence or NOT_STATED, prefix)
+    put_into(folder, entries)
+    found = describe(load_bank(folder))
+    write_json(folder / "bank.json", found)
+    write_bank_page(folder / "bank.html", folder.name, found)
+    _print_table(BRIEF, brief_rows(found))
+    for remark in remarks(found):
+        console.print(remark, soft_wrap=True)
+    console.print(f"all numbers and the map: {folder / 'bank.html'}", soft_wrap=True)
+
+
 @app.command("list")
 def list_command(
     what: Annotated[str, typer.Argument(help="strategies, tasks or backbones.")],
@@ -490,6 +543,13 @@ def _groups(option: str, text: str) -> list[tuple[int, ...]]:
                 f"{option} {text}: {part!r} is no position, nor several like 0+3"
             ) from None
     return found
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _print_merge(numbers: Mapping[str, Any]) -> None:
