@@ -70,8 +70,11 @@ class Task(TaskSource):
     `test_fraction` and `validation_fraction` cut a split out of the training rows only where the
     source has none of its own. `probe_examples` training rows, balanced over classes, stay on the
     server for strategies that probe; they are set aside for every strategy, so that all compare
-    on the same shards. `limit` keeps that many training rows (0: all). Every round is scored on
-    the rows of `evaluate_on`: choose settings on validation, and report on test. Soft prompts are
+    on the same shards. `limit` keeps that many training rows (0: all). `examples` is how many rows
+    there are to train on at all (0: all), and validation rows are cut out of these: 1000 with a
+    `validation_fraction` of 0.2 is VTAB-1K's 800 and 200. Once settings are chosen,
+    `include_validation` trains on all of them. Every round is scored on the rows of `evaluate_on`:
+    choose settings on validation, and report on test. Soft prompts are
     scored on every task of `shifts` beside, of which nothing is trained on: other classes, or the
     same classes in another data set.
     """
@@ -82,6 +85,8 @@ class Task(TaskSource):
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     probe_examples: int = Field(512, ge=0)
     limit: int = Field(0, ge=0)
+    examples: int = Field(0, ge=0)
+    include_validation: bool = False
     evaluate_on: Literal["test", "validation"] = "test"
 
     @model_validator(mode="after")
@@ -90,6 +95,11 @@ class Task(TaskSource):
         if len(given) != 1:
             raise ValueError(
                 f"give one of name, path, hub or members, not {' and '.join(given) or 'none'}"
+            )
+        if self.include_validation and self.evaluate_on == "validation":
+            raise ValueError(
+                "include_validation = true trains on validation rows: evaluate_on = 'validation' "
+                "would judge by rows that were learned; choose 'test'"
             )
         labels = [source.label for source in (*self.sources, *self.shifts)]
         if repeated := {label for label in labels if labels.count(label) > 1}:
@@ -177,11 +187,30 @@ class Transfer(_Table):
 
     `frozen` takes the source as it is, `projection` trains a linear map of its vectors, and
     `attention` trains `concentrated` vectors that attend to it, and `length` less these of the
-    ViT's own; it may have several sources.
+    ViT's own; it may have several sources. A source of another width is mapped by what a
+    projection starts as: by `frozen` for good, if `begin` is not `identity`.
     """
 
     kind: Literal["none", "frozen", "projection", "attention"] = "none"
     sources: tuple[str, ...] = Field((), description="files of a prompt bank")
+    control: Literal[
+        "none",
+        "unrelated",
+        "untrained",
+        "norm-matched",
+        "signs-flipped",
+        "coordinates-shuffled",
+    ] = Field("none", description="what takes the source's place and carries no language")
+    draw: int = Field(
+        0, ge=0, description="seed of a control and of a fixed map; the federation's by default"
+    )
+    norm_cap: float = Field(
+        0.0, ge=0, description="longer source vectors are scaled back to this norm; 0: as they are"
+    )
+    travels: Literal["projector", "prompt"] = Field(
+        "projector",
+        description="what of a projection clients send: the map, or the prompt that it makes",
+    )
     begin: Literal["identity", "orthogonal", "uniform"] = Field(
         "identity", description="what the projection starts as; uniform is the published"
     )
@@ -205,6 +234,11 @@ class Transfer(_Table):
             raise ValueError(
                 f"kind = {self.kind!r} takes one of the {len(self.sources)} sources; 'attention' "
                 "takes several"
+            )
+        if self.travels == "prompt" and self.kind != "projection":
+            raise ValueError(
+                f"travels = 'prompt' is of a projection, whose map and prompt average alike; kind "
+                f"is {self.kind!r}"
             )
         if self.concentrated > self.length:
             raise ValueError(
@@ -315,12 +349,18 @@ class Train(_Table):
 
     local_steps: int = Field(10, ge=1)
     batch_size: int = Field(32, ge=1)
-    optimiser: Literal["adamw", "sgd"] = "adamw"
+    optimiser: Literal["adamw", "adam", "sgd"] = Field(
+        "adamw", description="adam: weight decay in the gradient (L2), not beside it"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    decay_biases: bool = Field(True, description="false: none for tensors of one axis")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of each round's local steps")
-    decay: Literal["none", "linear", "cosine"] = Field(
-        "none", description="of the learning rate, over the whole run"
+    decay: Literal["none", "linear", "cosine", "warmed-cosine", "vpt"] = Field(
+        "none",
+        description="of the learning rate, over the whole run; the last two go by epochs of the "
+        "shard, warm up over the first ten, or half of fewer than twenty, and vpt starts at 0",
     )
     max_grad_norm: float = Field(1.0, gt=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -337,6 +377,7 @@ class Federation(_Table):
         "common", description="of A: the same for all clients, or drawn by each for its first round"
     )
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
+    only: tuple[int, ...] = Field((), description="the clients that take part; empty: all")
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0, description="Ray actors; 0: in this process, without Ray")
     ray_address: str = Field(
@@ -424,6 +465,31 @@ class Experiment(_Table):
         return self
 
     @model_validator(mode="after")
+    def _members_are_clients(self) -> Self:
+        members, clients = self.federation.only, self.partition.clients
+        if len(set(members)) < len(members) or any(not 0 <= k < clients for k in members):
+            raise ValueError(
+                f"federation.only = {list(members)}: name each client once, by its number from 0 "
+                f"to {clients - 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_have_no_second_warmup(self) -> Self:
+        train = self.train
+        if train.decay in ("warmed-cosine", "vpt") and train.warmup:
+            raise ValueError(
+                f"train.decay = {train.decay!r} warms up by itself; set train.warmup = 0, not "
+                f"{train.warmup}"
+            )
+        if train.momentum and train.optimiser != "sgd":
+            raise ValueError(
+                f"train.momentum = {train.momentum} is of sgd; train.optimiser is "
+                f"{train.optimiser!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapter_meets_the_rest(self) -> Self:
         kind, prompted = self.adapter.kind, self.adapter.kind == "prompt"
         needs_prompts = {
@@ -472,6 +538,11 @@ class Experiment(_Table):
         """Return the name of the strategy."""
         return str(self.strategy["name"])
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Return the clients that take part, in order."""
+        return tuple(sorted(self.federation.only)) or tuple(range(self.partition.clients))
+
 
 _SOURCE_KEYS = ("name", "path", "hub", "members")
 
@@ -492,6 +563,7 @@ def build_experiment(
     # Sources first: they drop what the file says of another source.
     for key in sorted(given, key=_source_order):
         _put(merged, key, given[key])
+    _draw_like_the_federation(merged)
     strategy = merged.get("strategy")
     if strategy is not None and not (isinstance(strategy, dict) and "name" in strategy):
         raise ConfigError(_at(origin, "strategy", strategy, "a table with the key name"))
@@ -500,6 +572,16 @@ def build_experiment(
         return Experiment.model_validate_json(json.dumps(merged))
     except ValidationError as error:
         raise ConfigError(_first_error(error, merged, origin)) from None
+
+
+def _draw_like_the_federation(tables: dict[str, Any]) -> None:
+    """Give what a transfer draws the federation's seed, unless it has one of its own."""
+    adapter, federation = tables.get("adapter"), tables.get("federation")
+    if not isinstance(adapter, dict) or not isinstance(federation, dict):
+        return
+    transfer = adapter.get("transfer")
+    if isinstance(transfer, dict) and transfer.get("kind", "none") != "none":
+        transfer.setdefault("draw", federation.get("seed", 0))
 
 
 def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:

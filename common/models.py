@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from common.adapters import AdaptedBackbone
-from common.backbones import Preprocessor, load_backbone, load_preprocessor
+from common.backbones import (
+    Preprocessor,
+    PretrainedBackbone,
+    load_backbone,
+    load_preprocessor,
+)
 from common.config import Adapter, Backbone
 from common.errors import ConfigError
 from common.features import Batch, Features
@@ -102,7 +107,13 @@ def _prompted_clip(backbone: Backbone, kind: Kind, adapter: Adapter, device: str
 
 
 def _prompted_vit(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
-    return PromptedVit(load_backbone(backbone, kind, device), adapter)
+    return PromptedVit(_shared_backbone(backbone, kind, device), adapter)
+
+
+@functools.lru_cache(maxsize=2)
+def _shared_backbone(backbone: Backbone, kind: Kind, device: str) -> PretrainedBackbone:
+    """Load a backbone that nothing is built into: models that differ in their prompt share it."""
+    return load_backbone(backbone, kind, device)
 
 
 # By transformers' name of the family.

@@ -106,6 +106,10 @@ def _load(source: TaskSource, config: Task) -> LabelledTask:
     rows = _chosen_classes(_read(source), source)
     name = source.label
     train, validation, test = _cut(name, rows, config)
+    if config.include_validation:
+        labels = np.concatenate([train.labels, validation.labels])
+        train = Split([*train.inputs, *validation.inputs], labels)
+        validation = validation.cut(slice(0))
     if config.limit:
         train = train.select(_shuffled(len(train), name, "limit")[: config.limit])
     probe_rows = _balanced(train.labels, config.probe_examples // len(config.sources), name)
@@ -166,9 +170,12 @@ def _cut(name: str, rows: SourceRows, config: Task) -> tuple[Split, Split, Split
     train = rows.splits["train"]
     order = _shuffled(len(train), name, "split")
     n_test = 0 if "test" in rows.splits else round(config.test_fraction * len(train))
+    if config.examples:
+        order = order[: n_test + config.examples]
     n_validation = 0
     if "validation" not in rows.splits:
-        n_validation = round(config.validation_fraction * len(train))
+        of = len(order) - n_test if config.examples else len(train)
+        n_validation = round(config.validation_fraction * of)
     parts = np.split(order, [n_test, n_test + n_validation])
     cut_test, cut_validation, remaining = (train.select(np.sort(part)) for part in parts)
     test = rows.splits.get("test", cut_test)

@@ -487,6 +487,106 @@ def bank(
     console.print(f"all numbers and the map: {folder / 'bank.html'}", soft_wrap=True)
 
 
+@app.command()
+def gap(
+    folder: Annotated[Path, typer.Argument(help="The folder of a prompt bank.")],
+    file: ExperimentFile,
+    client: Annotated[
+        int | None,
+        typer.Option(
+            help="To the pictures of this client alone.", show_default="of all that take part"
+        ),
+    ] = None,
+    batches: Annotated[
+        int, typer.Option(help="Of 100 patches; 0 for all, in five passes, as published.")
+    ] = 200,
+    statistic: Annotated[
+        str, typer.Option(help="multi-kernel, as published, or gaussian, unbiased.")
+    ] = "multi-kernel",
+    per_picture: Annotated[
+        bool, typer.Option("--per-picture", help="One point a picture: its mean patch.")
+    ] = False,
+    assignments: Sets = None,
+    out: Out = None,
+) -> None:
+    """Rank the prompts of a bank by how near they are to a client's pictures: the modality gap.
+
+    Nothing is trained. Writes gap.json and report.html into a new folder.
+
+    Example: fedcopra gap bank/ experiments/vision-client.toml --out runs/gaps
+    """
+    experiment = load_experiment(file, parse_assignments(assignments or []))
+    target = out or Path("runs") / f"{file.stem}-gap"
+    refuse_existing(target)  # before anything heavy is imported
+    from common.prompt_bank import load_bank
+    from server.analysis.gaps import Measuring, measure_gaps
+    from server.reporting.gap_page import COLUMNS, gap_rows, remarks, write_gap_page
+
+    measuring = Measuring(batches, statistic, per_picture)
+    clients = experiment.members if client is None else (client,)
+    found = measure_gaps(load_bank(folder), experiment, clients, measuring)
+    with appearing_whole(target) as unfinished:
+        write_json(unfinished / "gap.json", found)
+        title = f"Modality gap of {folder.name} to {experiment.task.label}"
+        write_gap_page(unfinished / REPORT, title, found)
+    _print_table(COLUMNS, gap_rows(found))
+    for remark in remarks(found):
+        console.print(remark, soft_wrap=True)
+    console.print(f"all numbers and the method: {target / REPORT}", soft_wrap=True)
+
+
+@app.command()
+def transfer(
+    folder: Annotated[Path, typer.Argument(help="The folder of a prompt bank.")],
+    file: ExperimentFile,
+    kind: Annotated[
+        str, typer.Option(help="frozen, projection, attention; auto lets probes choose.")
+    ] = "auto",
+    source: Annotated[
+        str,
+        typer.Option(help="A prompt of the bank.", show_default="the first by the modality gap"),
+    ] = "",
+    shortlist: Annotated[
+        int, typer.Option(help="With auto: how many sources are probed.", min=1)
+    ] = 3,
+    assignments: Sets = None,
+    out: Out = None,
+) -> None:
+    """Train vision clients from a prompt that was learned on text, or plainly if that is better.
+
+    With auto every client ranks the bank by its gap to the client's own pictures, probes the first
+    few on validation rows, and takes a transfer only if it beats plain tuning by more than one
+    standard error; clients that chose alike train together. Without it one source serves all.
+    Writes selection.json beside the records, and plain tuning for comparison.
+
+    Example: fedcopra transfer bank/ experiments/vision-client.toml --kind auto --out runs/transfer
+    """
+    from server.analysis.transfer_choice import KINDS
+
+    if kind not in (*KINDS, "auto"):
+        raise ConfigError(f"--kind {kind}: choose from {', '.join(KINDS)}, or auto")
+    overrides = parse_assignments(assignments or [])
+    experiment = load_experiment(file, overrides)
+    target = out or Path("runs") / f"{file.stem}-transfer-{kind}"
+    refuse_existing(target)  # before anything heavy is imported
+    from server.analysis.transfer_selection import Wish, select
+    from server.reporting.choice_page import write_choice_page
+    from server.study import write_comparison
+
+    wish = Wish(folder, file, overrides, experiment, kind, source, shortlist)
+    with _kept(target), continued(target) as unfinished:
+        selected = select(wish, unfinished, _simulate)
+        records = _simulate(selected.runs, unfinished)
+        write_comparison(records, unfinished, [])
+        write_json(unfinished / "selection.json", selected.found)
+        title = f"What to start from: {folder.name} for {experiment.task.label}"
+        write_choice_page(unfinished / "selection.html", title, selected.found)
+    for said in selected.found["sentences"]:
+        console.print(said, soft_wrap=True)
+    _print_summary(records)
+    console.print(f"record and report: {target / REPORT}", soft_wrap=True)
+
+
 @app.command("list")
 def list_command(
     what: Annotated[str, typer.Argument(help="strategies, tasks or backbones.")],
