@@ -8,7 +8,7 @@ import datetime
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -46,6 +46,9 @@ class _Source(_Table):
 class TaskSource(_Source):
     """One task and its columns. `None` for a column means the field's usual name."""
 
+    location: str = Field(
+        "", description="of a published task: a folder, or a hub id other than the listed one"
+    )
     text_column: str = "text"
     pair_column: str = "text_pair"
     image_column: str = "image"
@@ -545,6 +548,7 @@ class Experiment(_Table):
 
 
 _SOURCE_KEYS = ("name", "path", "hub", "members")
+_OF_A_SOURCE = ("_column", "location")
 
 
 def build_experiment(
@@ -591,13 +595,41 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
         ConfigError: the file is missing, is no TOML, or says something that cannot be meant.
     """
     path = Path(path)
+    tables = _read_toml(path)
+    tables.pop("subjects", None)
+    return build_experiment(tables, overrides, origin=str(path))
+
+
+def load_subjects(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Read what a file says is to be compared: by label, dotted keys laid over its other tables.
+
+    The table `[subjects."label"]` of an experiment file, which single runs have no use for; empty
+    where there is none.
+
+    Raises:
+        ConfigError: as `load_experiment`.
+    """
+    given = _read_toml(Path(path)).get("subjects", {})
+    if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
+        raise ConfigError(f'{path}: subjects are tables, as [subjects."linear probe"]')
+    return {label: dict(_dotted(settings)) for label, settings in given.items()}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no experiment file {path}")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return build_experiment(tables, overrides, origin=str(path))
+
+
+def _dotted(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def experiment_from_flat(config: Mapping[str, Scalar]) -> Experiment:
@@ -665,7 +697,7 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"{key}: {parent} is a value, not a table")
     if parents and parents[0] in {"task", "backbone"} and last in _SOURCE_KEYS:
-        for other in (*_SOURCE_KEYS, *(key for key in table if key.endswith("_column"))):
+        for other in (*_SOURCE_KEYS, *(key for key in table if key.endswith(_OF_A_SOURCE))):
             table.pop(other, None)
     table[last] = value
 

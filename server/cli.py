@@ -18,7 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from common.config import load_experiment, parse_assignments, split_alternatives
+from common.config import (
+    load_experiment,
+    load_subjects,
+    parse_assignments,
+    split_alternatives,
+)
 from common.errors import ConfigError, FedcopraError
 from server.deployment import commands as deployment_commands
 from server.environment import prepare_environment
@@ -30,6 +35,7 @@ from server.plans import (
     cells_of,
     checked_alternatives,
     choose,
+    named_subjects,
     parse_seeds,
     plan_runs,
     plan_trials,
@@ -111,7 +117,8 @@ def compare(
         typer.Option(
             help="Strategies, with commas; the first is what others are held to. A strategy may "
             "bring settings of its own: ffa-lora+train.learning_rate=4e-3",
-            show_default="fedavg,ffa-lora,flexlora,copra-merge, or those of the suite",
+            show_default="what the file names as subjects, or those of the suite, or "
+            "fedavg,ffa-lora,flexlora,copra-merge",
         ),
     ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2",
@@ -135,7 +142,8 @@ def compare(
     A --set with several values, as in --set copra.enabled=true,false, compares these too. --tune
     tries every value for every strategy at a seed of its own, on validation rows, and takes the
     best one to the test rows. A comparison that was stopped goes on where it was when the same
-    command is given again.
+    command is given again. A file may name what is compared: tables [subjects."label"], whose
+    settings are laid over the others.
 
     Example: fedcopra compare experiments/digits.toml --strategies fedavg,copra-merge --seeds 0,1
     """
@@ -145,7 +153,13 @@ def compare(
         raise ConfigError(f"--only {only[0]}: it chooses cells of a --suite, and there is none")
     standard = SUITES[suite] if suite else None
     names = strategies.split(",") if strategies else (standard.strategies if standard else _USUAL)
-    subjects = subjects_of(names, checked_alternatives(assignments or []))
+    alternatives = checked_alternatives(assignments or [])
+    named = {} if strategies or standard else load_subjects(file)
+    subjects = (
+        named_subjects(load_experiment(file).strategy_name, named, alternatives)
+        if named
+        else subjects_of(names, alternatives)
+    )
     cells = cells_of(standard, only or []) if standard else ONE_CELL
     grid = split_alternatives(tune or []) or (standard.grid if standard else {})
     numbers = parse_seeds(seeds.split(","))

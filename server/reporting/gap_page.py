@@ -35,7 +35,8 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
     said = [
         f"{count_of(len(found['sources']), 'prompt')}, {found['pictures']:,} pictures, "
         f"{found['patches']:,} points, {found['batches']:,} batches: "
-        f"{duration(seconds['embedding'])} to embed, {duration(seconds['gaps'])} to measure"
+        f"{duration(seconds['embedding'])} to load and embed, {duration(seconds['gaps'])} to "
+        "measure"
     ]
     if found["mapped"]:
         widths = ", ".join(map(str, found["mapped"]))
