@@ -1,5 +1,6 @@
 """The local loop: one client, one round. Takes all it needs as values and owns no globals."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from common.config import Copra, Train
 from common.copra import draw_switches, keep_probability, switched
 from common.features import Batch, Features
 from common.models import Model
+from common.prompt_transfer import decay_groups, warmed_cosine
 from common.rules import NO_RULES, LocalRules
 from common.seeds import child_seed, torch_generator
 from common.tails import kept_directions, tail_size
@@ -76,9 +78,8 @@ def train_locally(
     parameters = {n: p for n, p in model.parameters().items() if part_of(n) in run.trains}
     for name, parameter in model.parameters().items():
         parameter.requires_grad_(name in parameters)
-    optimiser = _OPTIMISERS[train.optimiser](
-        parameters.values(), lr=train.learning_rate, weight_decay=train.weight_decay
-    )
+    optimiser = _optimiser(parameters, train)
+    epoch = math.ceil(len(rows) / min(train.batch_size, len(rows)))
     device = model.device
     corrections = {n: t.to(device) for n, t in (correction or {}).items() if n in parameters}
     penalties = _penalties(parameters, run)
@@ -94,9 +95,10 @@ def train_locally(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(child_seed(run.seed, "dropout"))
         for step in range(run.steps):
+            rate = _learning_rate(step, run, train, epoch)
             for group in optimiser.param_groups:
-                group["lr"] = _learning_rate(step, run, train)
-            total_rate += _learning_rate(step, run, train)
+                group["lr"] = rate
+            total_rate += rate
             optimiser.zero_grad(set_to_none=True)
             with _dropped_blocks(blocks, run, step, copra, switch_stream):
                 batch = rows.batch(next(batches), device)
@@ -116,8 +118,18 @@ def train_locally(
     return Trained(float(total_loss) / run.steps, total_rate)
 
 
+def _optimiser(parameters: Mapping[str, nn.Parameter], train: Train) -> torch.optim.Optimizer:
+    groups: Any = parameters.values()
+    if not train.decay_biases:
+        groups = decay_groups(parameters, train.weight_decay)
+    made = _OPTIMISERS[train.optimiser]
+    momentum = {"momentum": train.momentum} if train.momentum else {}
+    return made(groups, lr=train.learning_rate, weight_decay=train.weight_decay, **momentum)
+
+
 _OPTIMISERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
 
@@ -174,18 +186,31 @@ def _precision(train: Train, device: torch.device) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _learning_rate(step: int, run: LocalRun, train: Train) -> float:
-    """Return the rate of a local step: warm-up within the round, decay over the whole run."""
+def _learning_rate(step: int, run: LocalRun, train: Train, epoch: int = 1) -> float:
+    """Return the rate of a local step: warm-up within the round, decay over the whole run.
+
+    `epoch` is the number of steps in one pass over the shard.
+    """
     warmup_steps = math.ceil(train.warmup * run.steps)
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    progress = min(1.0, (run.first_step + step) / run.total_steps)
-    return train.learning_rate * warm * _DECAYS[train.decay](progress)
+    at = min(run.first_step + step, run.total_steps)
+    return train.learning_rate * warm * _DECAYS[train.decay](at, run.total_steps, epoch)
 
 
-_DECAYS: Mapping[str, Callable[[float], float]] = {
-    "none": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+def _by_epochs(step: int, steps: int, epoch: int, *, from_zero: bool) -> float:
+    """Return `warmed_cosine` of whole epochs; what is left of the last one belongs to it."""
+    epochs = max(1, steps // epoch)
+    at = min(step // epoch, epochs - 1)
+    return warmed_cosine(at, epochs, min(10, epochs // 2), from_zero=from_zero)
+
+
+# From the step of the run, the run's steps, and the steps of an epoch.
+_DECAYS: Mapping[str, Callable[[int, int, int], float]] = {
+    "none": lambda step, steps, _: 1.0,
+    "linear": lambda step, steps, _: 1.0 - step / steps,
+    "cosine": lambda step, steps, _: 0.5 * (1.0 + math.cos(math.pi * step / steps)),
+    "warmed-cosine": functools.partial(_by_epochs, from_zero=False),
+    "vpt": functools.partial(_by_epochs, from_zero=True),
 }
 
 

@@ -8,7 +8,7 @@ import datetime
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -46,6 +46,9 @@ class _Source(_Table):
 class TaskSource(_Source):
     """One task and its columns. `None` for a column means the field's usual name."""
 
+    location: str = Field(
+        "", description="of a published task: a folder, or a hub id other than the listed one"
+    )
     text_column: str = "text"
     pair_column: str = "text_pair"
     image_column: str = "image"
@@ -70,8 +73,11 @@ class Task(TaskSource):
     `test_fraction` and `validation_fraction` cut a split out of the training rows only where the
     source has none of its own. `probe_examples` training rows, balanced over classes, stay on the
     server for strategies that probe; they are set aside for every strategy, so that all compare
-    on the same shards. `limit` keeps that many training rows (0: all). Every round is scored on
-    the rows of `evaluate_on`: choose settings on validation, and report on test. Soft prompts are
+    on the same shards. `limit` keeps that many training rows (0: all). `examples` is how many rows
+    there are to train on at all (0: all), and validation rows are cut out of these: 1000 with a
+    `validation_fraction` of 0.2 is VTAB-1K's 800 and 200. Once settings are chosen,
+    `include_validation` trains on all of them. Every round is scored on the rows of `evaluate_on`:
+    choose settings on validation, and report on test. Soft prompts are
     scored on every task of `shifts` beside, of which nothing is trained on: other classes, or the
     same classes in another data set.
     """
@@ -82,6 +88,8 @@ class Task(TaskSource):
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     probe_examples: int = Field(512, ge=0)
     limit: int = Field(0, ge=0)
+    examples: int = Field(0, ge=0)
+    include_validation: bool = False
     evaluate_on: Literal["test", "validation"] = "test"
 
     @model_validator(mode="after")
@@ -90,6 +98,11 @@ class Task(TaskSource):
         if len(given) != 1:
             raise ValueError(
                 f"give one of name, path, hub or members, not {' and '.join(given) or 'none'}"
+            )
+        if self.include_validation and self.evaluate_on == "validation":
+            raise ValueError(
+                "include_validation = true trains on validation rows: evaluate_on = 'validation' "
+                "would judge by rows that were learned; choose 'test'"
             )
         labels = [source.label for source in (*self.sources, *self.shifts)]
         if repeated := {label for label in labels if labels.count(label) > 1}:
@@ -136,7 +149,7 @@ class Backbone(_Source):
 
 
 class Prompt(_Table):
-    """Soft prompts of a CLIP or a ViT: vectors in front of, among or behind its tokens.
+    """Soft prompts of a CLIP, a ViT or a text encoder: vectors among its tokens.
 
     The context is `length` vectors in each caption, shared by all classes or, `class_specific`, one
     context a class. Several `prompts` (PLOT without its transport) each make a classifier; their
@@ -144,6 +157,10 @@ class Prompt(_Table):
     in each of the first `visual_blocks` blocks, which forget those of the block before. A `prefix`
     is keys and values that every block of the text tower attends to. A ViT has no captions, and
     needs `length = 0` and no prefix; without visual prompts only its linear head is trained.
+
+    On texts `length` vectors stand in front of each text. A linear head reads the class token, or,
+    with a `verbaliser`, the masked language model fills in a class's name. Several tasks share one
+    prompt, or, `task_specific`, have one each.
     """
 
     length: int = Field(16, ge=0, description="context vectors of a caption")
@@ -158,6 +175,10 @@ class Prompt(_Table):
     words: str = Field("", description="the context starts as these words, as far as they reach")
     spread: float = Field(0.02, gt=0, description="standard deviation of the start's entries")
     ending: str = Field("", description="text behind the caption, such as a full stop")
+    task_specific: bool = Field(False, description="of texts: every task has a prompt of its own")
+    verbaliser: bool = Field(
+        False, description="of texts: classes are answered by their names, and no head is trained"
+    )
 
     @model_validator(mode="after")
     def _keys_of_captions(self) -> Self:
@@ -171,11 +192,30 @@ class Transfer(_Table):
 
     `frozen` takes the source as it is, `projection` trains a linear map of its vectors, and
     `attention` trains `concentrated` vectors that attend to it, and `length` less these of the
-    ViT's own; it may have several sources.
+    ViT's own; it may have several sources. A source of another width is mapped by what a
+    projection starts as: by `frozen` for good, if `begin` is not `identity`.
     """
 
     kind: Literal["none", "frozen", "projection", "attention"] = "none"
     sources: tuple[str, ...] = Field((), description="files of a prompt bank")
+    control: Literal[
+        "none",
+        "unrelated",
+        "untrained",
+        "norm-matched",
+        "signs-flipped",
+        "coordinates-shuffled",
+    ] = Field("none", description="what takes the source's place and carries no language")
+    draw: int = Field(
+        0, ge=0, description="seed of a control and of a fixed map; the federation's by default"
+    )
+    norm_cap: float = Field(
+        0.0, ge=0, description="longer source vectors are scaled back to this norm; 0: as they are"
+    )
+    travels: Literal["projector", "prompt"] = Field(
+        "projector",
+        description="what of a projection clients send: the map, or the prompt that it makes",
+    )
     begin: Literal["identity", "orthogonal", "uniform"] = Field(
         "identity", description="what the projection starts as; uniform is the published"
     )
@@ -199,6 +239,11 @@ class Transfer(_Table):
             raise ValueError(
                 f"kind = {self.kind!r} takes one of the {len(self.sources)} sources; 'attention' "
                 "takes several"
+            )
+        if self.travels == "prompt" and self.kind != "projection":
+            raise ValueError(
+                f"travels = 'prompt' is of a projection, whose map and prompt average alike; kind "
+                f"is {self.kind!r}"
             )
         if self.concentrated > self.length:
             raise ValueError(
@@ -313,12 +358,18 @@ class Train(_Table):
 
     local_steps: int = Field(10, ge=1)
     batch_size: int = Field(32, ge=1)
-    optimiser: Literal["adamw", "sgd"] = "adamw"
+    optimiser: Literal["adamw", "adam", "sgd"] = Field(
+        "adamw", description="adam: weight decay in the gradient (L2), not beside it"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    decay_biases: bool = Field(True, description="false: none for tensors of one axis")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of each round's local steps")
-    decay: Literal["none", "linear", "cosine"] = Field(
-        "none", description="of the learning rate, over the whole run"
+    decay: Literal["none", "linear", "cosine", "warmed-cosine", "vpt"] = Field(
+        "none",
+        description="of the learning rate, over the whole run; the last two go by epochs of the "
+        "shard, warm up over the first ten, or half of fewer than twenty, and vpt starts at 0",
     )
     max_grad_norm: float = Field(1.0, gt=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -335,6 +386,7 @@ class Federation(_Table):
         "common", description="of A: the same for all clients, or drawn by each for its first round"
     )
     fraction: float = Field(1.0, gt=0, le=1, description="share of clients sampled each round")
+    only: tuple[int, ...] = Field((), description="the clients that take part; empty: all")
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0, description="Ray actors; 0: in this process, without Ray")
     ray_address: str = Field(
@@ -422,6 +474,31 @@ class Experiment(_Table):
         return self
 
     @model_validator(mode="after")
+    def _members_are_clients(self) -> Self:
+        members, clients = self.federation.only, self.partition.clients
+        if len(set(members)) < len(members) or any(not 0 <= k < clients for k in members):
+            raise ValueError(
+                f"federation.only = {list(members)}: name each client once, by its number from 0 "
+                f"to {clients - 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_have_no_second_warmup(self) -> Self:
+        train = self.train
+        if train.decay in ("warmed-cosine", "vpt") and train.warmup:
+            raise ValueError(
+                f"train.decay = {train.decay!r} warms up by itself; set train.warmup = 0, not "
+                f"{train.warmup}"
+            )
+        if train.momentum and train.optimiser != "sgd":
+            raise ValueError(
+                f"train.momentum = {train.momentum} is of sgd; train.optimiser is "
+                f"{train.optimiser!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapter_meets_the_rest(self) -> Self:
         kind, prompted = self.adapter.kind, self.adapter.kind == "prompt"
         needs_prompts = {
@@ -471,8 +548,14 @@ class Experiment(_Table):
         """Return the name of the strategy."""
         return str(self.strategy["name"])
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Return the clients that take part, in order."""
+        return tuple(sorted(self.federation.only)) or tuple(range(self.partition.clients))
+
 
 _SOURCE_KEYS = ("name", "path", "hub", "members")
+_OF_A_SOURCE = ("_column", "location")
 
 
 def build_experiment(
@@ -491,6 +574,7 @@ def build_experiment(
     # Sources first: they drop what the file says of another source.
     for key in sorted(given, key=_source_order):
         _put(merged, key, given[key])
+    _draw_like_the_federation(merged)
     strategy = merged.get("strategy")
     if strategy is not None and not (isinstance(strategy, dict) and "name" in strategy):
         raise ConfigError(_at(origin, "strategy", strategy, "a table with the key name"))
@@ -501,6 +585,16 @@ def build_experiment(
         raise ConfigError(_first_error(error, merged, origin)) from None
 
 
+def _draw_like_the_federation(tables: dict[str, Any]) -> None:
+    """Give what a transfer draws the federation's seed, unless it has one of its own."""
+    adapter, federation = tables.get("adapter"), tables.get("federation")
+    if not isinstance(adapter, dict) or not isinstance(federation, dict):
+        return
+    transfer = adapter.get("transfer")
+    if isinstance(transfer, dict) and transfer.get("kind", "none") != "none":
+        transfer.setdefault("draw", federation.get("seed", 0))
+
+
 def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
     """Read an experiment file.
 
@@ -508,13 +602,41 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
         ConfigError: the file is missing, is no TOML, or says something that cannot be meant.
     """
     path = Path(path)
+    tables = _read_toml(path)
+    tables.pop("subjects", None)
+    return build_experiment(tables, overrides, origin=str(path))
+
+
+def load_subjects(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Read what a file says is to be compared: by label, dotted keys laid over its other tables.
+
+    The table `[subjects."label"]` of an experiment file, which single runs have no use for; empty
+    where there is none.
+
+    Raises:
+        ConfigError: as `load_experiment`.
+    """
+    given = _read_toml(Path(path)).get("subjects", {})
+    if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
+        raise ConfigError(f'{path}: subjects are tables, as [subjects."linear probe"]')
+    return {label: dict(_dotted(settings)) for label, settings in given.items()}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no experiment file {path}")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return build_experiment(tables, overrides, origin=str(path))
+
+
+def _dotted(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def experiment_from_flat(config: Mapping[str, Scalar]) -> Experiment:
@@ -582,7 +704,7 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"{key}: {parent} is a value, not a table")
     if parents and parents[0] in {"task", "backbone"} and last in _SOURCE_KEYS:
-        for other in (*_SOURCE_KEYS, *(key for key in table if key.endswith("_column"))):
+        for other in (*_SOURCE_KEYS, *(key for key in table if key.endswith(_OF_A_SOURCE))):
             table.pop(other, None)
     table[last] = value
 

@@ -20,6 +20,11 @@ def unrelated(prompt: Tensor, generator: torch.Generator) -> Tensor:
     return uniform(prompt.shape, float((3 / prompt.shape[-1]) ** 0.5), generator)
 
 
+def untrained(prompt: Tensor, generator: torch.Generator) -> Tensor:
+    """Return N(0, 0.02²), what soft prompts of text start as: a source that learned nothing."""
+    return 0.02 * torch.randn(prompt.shape, generator=generator)
+
+
 def norm_matched(prompt: Tensor, generator: torch.Generator) -> Tensor:
     """Return random directions with the norms of the prompt, row by row."""
     drawn = torch.randn(prompt.shape, generator=generator)
@@ -42,6 +47,7 @@ def coordinates_shuffled(prompt: Tensor, generator: torch.Generator) -> Tensor:
 
 CONTROLS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "unrelated": unrelated,
+    "untrained": untrained,
     "norm-matched": norm_matched,
     "signs-flipped": signs_flipped,
     "coordinates-shuffled": coordinates_shuffled,

@@ -185,9 +185,9 @@ def remember(state: RecordDict, client: int, run: str, memory: Memory) -> None:
 def kind_of(name: str) -> str:
     """Return under which heading the bytes of a tensor are counted.
 
-    `A`, `B`, `head`, `prompt`, `residual` (changes of the base), `control` (control variates),
-    `sketch`, `probe` (which positions of prompts matter), `candidate` and `score`, or `unknown` for
-    what is going to be refused.
+    `A`, `B`, `head`, `prompt`, `own` (of a transfer, what a client may keep to itself), `residual`
+    (changes of the base), `control` (control variates), `sketch`, `probe` (which positions of
+    prompts matter), `candidate` and `score`, or `unknown` for what is going to be refused.
     """
     if is_change(name) or is_residual(name):
         return "residual"
@@ -199,6 +199,7 @@ _KINDS = {
     "lora_B": "B",
     "head": "head",
     "prompt": "prompt",
+    "own": "own",
     "weights": "probe",
     "probed": "probe",
     "local": "prompt",

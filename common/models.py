@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from common.adapters import AdaptedBackbone
-from common.backbones import Preprocessor, load_backbone, load_preprocessor
+from common.backbones import (
+    Preprocessor,
+    PretrainedBackbone,
+    load_backbone,
+    load_preprocessor,
+)
 from common.config import Adapter, Backbone
 from common.errors import ConfigError
 from common.features import Batch, Features
 from common.prompted_clip import PromptedClip, load_clip
+from common.prompted_text import PromptedText, load_text_encoder
 from common.prompted_vit import PromptedVit
 from common.tasks import Kind, LabelledTask
 from common.tensors import Tensors
@@ -101,7 +107,13 @@ def _prompted_clip(backbone: Backbone, kind: Kind, adapter: Adapter, device: str
 
 
 def _prompted_vit(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
-    return PromptedVit(load_backbone(backbone, kind, device), adapter)
+    return PromptedVit(_shared_backbone(backbone, kind, device), adapter)
+
+
+@functools.lru_cache(maxsize=2)
+def _shared_backbone(backbone: Backbone, kind: Kind, device: str) -> PretrainedBackbone:
+    """Load a backbone that nothing is built into: models that differ in their prompt share it."""
+    return load_backbone(backbone, kind, device)
 
 
 # By transformers' name of the family.
@@ -111,9 +123,21 @@ _PROMPTED: Mapping[str, Callable[[Backbone, Kind, Adapter, str], Model]] = {
 }
 
 
+def _prompted_text(backbone: Backbone, adapter: Adapter, device: str) -> Model:
+    if adapter.transfer.kind != "none":
+        raise ConfigError(
+            f"adapter.transfer.kind = {adapter.transfer.kind!r} gives a prompt to a ViT; the task "
+            "is of texts"
+        )
+    return PromptedText(load_text_encoder(backbone, adapter.prompt, device), adapter.prompt)
+
+
 def _with_prompts(backbone: Backbone, kind: Kind, adapter: Adapter, device: str) -> Model:
-    if kind != "image":
-        raise ConfigError(f"adapter.kind = 'prompt' needs pictures; the task is of kind {kind!r}")
+    if kind == "text":
+        return _prompted_text(backbone, adapter, device)
+    if adapter.prompt.verbaliser or adapter.prompt.task_specific:
+        key = "verbaliser" if adapter.prompt.verbaliser else "task_specific"
+        raise ConfigError(f"adapter.prompt.{key} = true is for texts; the task is of pictures")
     preprocessor = load_preprocessor(backbone, kind)
     family = preprocessor.model_config.model_type
     if family not in _PROMPTED:

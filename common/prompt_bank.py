@@ -219,6 +219,17 @@ def load_entry(path: str | Path) -> BankEntry:
     return entry
 
 
+def holds_entry(path: str | Path) -> bool:
+    """Say whether a file claims to be an entry of a bank.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: it is no safetensors file.
+    """
+    told, _ = _read(Path(path))
+    return told.get("format") == FORMAT
+
+
 def load_bank(folder: Path) -> dict[str, BankEntry]:
     """Return all entries of a folder, by name.
 

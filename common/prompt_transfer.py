@@ -11,9 +11,9 @@ A transfer is a function of what is trained, `{name: tensor}`, float32. Once tra
 P is a constant then, and a plain prompt is all that is served. Names of the tensors:
 
 - `transfer.prompt.weight` (d, d_s), `.bias` (d,);
-- `transfer.prompt.queries` (l_s, d), `.key_weight`, `.key_bias`, `.value_weight`, `.value_bias`,
-  and `.gain` (1,) where rows are normalised;
-- `prompt.image` (1, l_t, d), T: the vectors of the target's own.
+- `transfer.prompt.key_weight`, `.key_bias`, `.value_weight`, `.value_bias`, and `.gain` (1,) where
+  rows are normalised;
+- `transfer.own.queries` (l_s, d) and `own.image` (1, l_t, d), T: what a client may keep to itself.
 """
 
 import math
@@ -29,9 +29,9 @@ from common.errors import ConfigError
 from common.seeds import torch_generator
 from common.tensors import Tensors
 
-TARGET = "prompt.image"
+TARGET = "own.image"
 WEIGHT, BIAS = "transfer.prompt.weight", "transfer.prompt.bias"
-QUERIES, GAIN = "transfer.prompt.queries", "transfer.prompt.gain"
+QUERIES, GAIN = "transfer.own.queries", "transfer.prompt.gain"
 KEY_WEIGHT, KEY_BIAS = "transfer.prompt.key_weight", "transfer.prompt.key_bias"
 VALUE_WEIGHT, VALUE_BIAS = "transfer.prompt.value_weight", "transfer.prompt.value_bias"
 

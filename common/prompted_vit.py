@@ -6,8 +6,9 @@ what is trained is the head alone: a linear probe.
 
 A model's state, float32:
 
-- `prompt.image` (blocks, T, width), VPT's, or the part of its own that an attention transfer has;
-- `transfer.prompt.*`, what else a transfer trains;
+- `prompt.image` (blocks, T, width), VPT's; or the prompt that a projection makes, where that is
+  what travels;
+- `transfer.*` and `own.image`, what a transfer trains (`common.prompt_transfer`);
 - `head.<task>.classifier.weight` (C, width) and `.bias` (C,).
 """
 
@@ -22,9 +23,10 @@ from torch.nn import functional
 from common.backbones import Preprocessor, PretrainedBackbone
 from common.config import Adapter, Prompt
 from common.config import Transfer as TransferConfig
+from common.control_prompts import CONTROLS
 from common.errors import ConfigError
 from common.features import Batch, Features
-from common.prompt_bank import load_entry
+from common.prompt_bank import BankEntry, capped, load_entry
 from common.prompt_transfer import (
     Attention,
     Frozen,
@@ -46,6 +48,10 @@ Place = Literal["behind", "front"]
 class PromptedVit:
     """One frozen ViT with a soft prompt and a linear head; see `common.models.Model`.
 
+    Where the prompt of a projection travels and not the map, training starts from the prompt that
+    was loaded, `P + S ΔWᵀ + 1 Δbᵀ`, the map's change being 0 each time. The mean of such prompts is
+    the prompt of the mean map, at l·d numbers in place of d·d_s + d; the map itself is lost.
+
     Raises:
         ConfigError: a setting is for captions, there are fewer blocks than prompts, or a source
             prompt does not fit.
@@ -62,6 +68,8 @@ class PromptedVit:
         self._transfer = load_transfer(
             adapter.transfer, config.hidden_size, self._bound, backbone.device
         )
+        self._sends_prompt = adapter.transfer.travels == "prompt"
+        self._sent: Tensor | None = None
         self._trained = nn.Module()
         self._parameters: dict[str, nn.Parameter] = {}
         self._task: LabelledTask | None = None
@@ -75,6 +83,11 @@ class PromptedVit:
     def preprocessor(self) -> Preprocessor:
         """Return how pictures become what it takes."""
         return self._backbone.preprocessor
+
+    @property
+    def vit(self) -> Any:
+        """Return the frozen ViT."""
+        return self._vit
 
     @property
     def module(self) -> nn.Module:
@@ -108,7 +121,10 @@ class PromptedVit:
         """Return the common start: VPT's or the transfer's, and heads as PyTorch draws them."""
         state: dict[str, Tensor] = {}
         if self._transfer:
-            state |= self._transfer.start(child_seed(seed, "transfer", restart))
+            started = self._transfer.start(child_seed(seed, "transfer", restart))
+            on_device = {name: tensor.to(self.device) for name, tensor in started.items()}
+            prompt = {VISUAL: fold(self._transfer, on_device).cpu()[None]}
+            state |= prompt if self._sends_prompt else started
         elif self._prompt.visual:
             stream = torch_generator(seed, VISUAL, restart)
             state[VISUAL] = uniform(self._prompt_shapes()[VISUAL], self._bound, stream)
@@ -128,14 +144,24 @@ class PromptedVit:
         shapes = self.shapes(rank, task)
         check_update(state, shapes)
         self._task = task
+        values = {name: state[name] for name in shapes}
+        if self._transfer and self._sends_prompt:
+            self._sent = values.pop(VISUAL).to(self.device, torch.float32, copy=True)
+            values |= {n: torch.zeros(shape) for n, shape in self._transfer.shapes().items()}
         self._parameters = {
-            name: nn.Parameter(state[name].to(self.device, torch.float32, copy=True))
-            for name in sorted(shapes)
+            name: nn.Parameter(values[name].to(self.device, torch.float32, copy=True))
+            for name in sorted(values)
         }
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy, on the CPU, of every trained tensor."""
-        return {name: p.detach().cpu().clone() for name, p in self.parameters().items()}
+        values: dict[str, Tensor] = dict(self.parameters())
+        if self._transfer and self._sends_prompt:
+            made = self._prompts()
+            assert made is not None
+            heads = _head_names(self._loaded_task())
+            values = {VISUAL: made, **{name: values[name] for name in heads}}
+        return {name: value.detach().cpu().clone() for name, value in values.items()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the live trained tensors, in name order."""
@@ -149,7 +175,7 @@ class PromptedVit:
         has, loads it; the source is needed no more.
         """
         state = self.state()
-        if not self._transfer:
+        if not self._transfer or self._sends_prompt:
             return state
         prompt = fold(self._transfer, self._parameters).cpu()[None]
         heads = _head_names(self._loaded_task())
@@ -193,6 +219,9 @@ class PromptedVit:
     # --- inside --------------------------------------------------------------------------------
 
     def _prompt_shapes(self) -> dict[str, torch.Size]:
+        if self._transfer and self._sends_prompt:
+            width = self._vit.config.hidden_size
+            return {VISUAL: torch.Size((1, self._transfer.length, width))}
         if self._transfer:
             return self._transfer.shapes()
         prompt, width = self._prompt, self._vit.config.hidden_size
@@ -203,7 +232,8 @@ class PromptedVit:
     def _prompts(self) -> Tensor | None:
         """Return the live prompts (blocks, T, width), if there are any."""
         if self._transfer:
-            return self._transfer.prompt(self._parameters)[None]
+            made = self._transfer.prompt(self._parameters)[None]
+            return made if self._sent is None else self._sent + made
         return self._parameters.get(VISUAL)
 
     def _loaded_task(self) -> LabelledTask:
@@ -225,7 +255,7 @@ def _check(prompt: Prompt, blocks: int) -> None:
     for key in (key for key in Prompt.model_fields if key not in _OF_PICTURES):
         if (given := getattr(prompt, key)) != (wanted := getattr(unused, key)):
             raise ConfigError(
-                f"adapter.prompt.{key} = {given!r} is for captions, which a ViT has not; set it to "
+                f"adapter.prompt.{key} = {given!r} is for captions or texts, which a ViT has not; set it to "
                 f"{wanted!r}, and adapter.prompt.visual to the vectors among the patches"
             )
     if prompt.visual and prompt.visual_blocks > blocks:
@@ -253,12 +283,47 @@ def load_transfer(
     if len({entry.width for entry in entries}) > 1:
         widths = ", ".join(f"{entry.name} {entry.width}" for entry in entries)
         raise ConfigError(f"adapter.transfer.sources: widths must be one, not {widths}")
-    parts = [entry.all_rows() if config.paper_exact else entry.rows() for entry in entries]
+    parts = [source_rows(entry, config) for entry in entries]
     return _TRANSFERS[config.kind](torch.cat(parts).to(device), width, bound, config)
 
 
-def _frozen(source: Tensor, width: int, _: float, __: TransferConfig) -> Transfer:
-    return Frozen(source, width)
+def source_rows(entry: BankEntry, config: TransferConfig) -> Tensor:
+    """Return the vectors (n, d_s) that a transfer starts from: the source's, or its control's.
+
+    Without a row that means nothing, unless as published, and capped.
+    """
+    rows = entry.all_rows() if config.paper_exact else entry.rows()
+    if config.norm_cap:
+        rows = capped(rows, config.norm_cap)
+    if config.control == "none":
+        return rows
+    stream = torch_generator(config.draw, "control", config.control, entry.name)
+    return CONTROLS[config.control](rows, stream)
+
+
+def bridged(rows: Tensor, width: int, config: TransferConfig) -> Tensor:
+    """Return source vectors as vectors of the target's width: themselves, or by a fixed map.
+
+    The map is what a projection of this `draw` starts as, the same for all sources of a width.
+
+    Raises:
+        ConfigError: the widths differ, and the map would only cut vectors off or fill them up.
+    """
+    if rows.shape[1] == width:
+        return rows
+    if config.begin == "identity":
+        raise ConfigError(
+            f"a source of width {rows.shape[1]} has no place among vectors of width {width} as it "
+            "is; for a fixed map choose adapter.transfer.begin = 'orthogonal' or 'uniform'"
+        )
+    projection = Projection(rows, width, config.begin)
+    started = projection.start(child_seed(config.draw, "bridge"))
+    with torch.no_grad():
+        return projection.prompt({n: t.to(rows.device) for n, t in started.items()})
+
+
+def _frozen(source: Tensor, width: int, _: float, config: TransferConfig) -> Transfer:
+    return Frozen(bridged(source, width, config), width)
 
 
 def _projection(source: Tensor, width: int, _: float, config: TransferConfig) -> Transfer:

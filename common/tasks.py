@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from common.config import Task, TaskSource
 from common.errors import ConfigError, DataError
 from common.installed_text import INSTALLED_TEXT
+from common.published_tasks import PUBLISHED_TASKS, PublishedTask
 from common.seeds import numpy_generator
 
 Kind = Literal["text", "image"]
@@ -106,6 +108,10 @@ def _load(source: TaskSource, config: Task) -> LabelledTask:
     rows = _chosen_classes(_read(source), source)
     name = source.label
     train, validation, test = _cut(name, rows, config)
+    if config.include_validation:
+        labels = np.concatenate([train.labels, validation.labels])
+        train = Split([*train.inputs, *validation.inputs], labels)
+        validation = validation.cut(slice(0))
     if config.limit:
         train = train.select(_shuffled(len(train), name, "limit")[: config.limit])
     probe_rows = _balanced(train.labels, config.probe_examples // len(config.sources), name)
@@ -149,11 +155,18 @@ def _chosen_classes(rows: SourceRows, source: TaskSource) -> SourceRows:
 
 
 def _read(source: TaskSource) -> SourceRows:
+    if source.name and source.name in PUBLISHED_TASKS:
+        return _read_published(PUBLISHED_TASKS[source.name], source)
+    if source.location:
+        raise ConfigError(
+            f"task.location = {source.location!r} is of published tasks, such as "
+            f"{next(iter(PUBLISHED_TASKS))} (fedcopra list tasks); give task.path or task.hub"
+        )
     if source.name:
         if source.name not in SHIPPED_TASKS:
             raise ConfigError(
                 f"task.name = {source.name!r}: unknown; choose from {', '.join(SHIPPED_TASKS)}, "
-                "or give task.path or task.hub"
+                "a published one (fedcopra list tasks), or give task.path or task.hub"
             )
         return SHIPPED_TASKS[source.name].read()
     if source.path:
@@ -166,9 +179,12 @@ def _cut(name: str, rows: SourceRows, config: Task) -> tuple[Split, Split, Split
     train = rows.splits["train"]
     order = _shuffled(len(train), name, "split")
     n_test = 0 if "test" in rows.splits else round(config.test_fraction * len(train))
+    if config.examples:
+        order = order[: n_test + config.examples]
     n_validation = 0
     if "validation" not in rows.splits:
-        n_validation = round(config.validation_fraction * len(train))
+        of = len(order) - n_test if config.examples else len(train)
+        n_validation = round(config.validation_fraction * of)
     parts = np.split(order, [n_test, n_test + n_validation])
     cut_test, cut_validation, remaining = (train.select(np.sort(part)) for part in parts)
     test = rows.splits.get("test", cut_test)
@@ -504,19 +520,56 @@ def open_picture(picture: ImageInput) -> Image.Image:
 # --- hub ---------------------------------------------------------------------------------------
 
 
-def _read_hub(source: TaskSource) -> SourceRows:
+def _read_published(task: PublishedTask, source: TaskSource) -> SourceRows:
+    """Read a published task from `location`, or from the hub's id in the table."""
+    place = source.location or task.hub
+    if Path(place).expanduser().exists():
+        rows = _read_path(Path(place).expanduser(), source)
+    elif not place:
+        raise ConfigError(f"task.name = {source.name!r}: no hub id is known; give task.location")
+    else:
+        usual = TaskSource.model_fields
+        columns = {k: v for k, v in task.columns.items() if getattr(source, k) == usual[k].default}
+        there = source.model_copy(update={"name": None, "hub": place, **columns})
+        try:
+            rows = _read_hub(there, task.part, task.splits)
+        except DataError as error:
+            known = "" if task.verified or source.location else ", an id that was never verified"
+            note = f"; {task.note}" if task.note else ""
+            reason = str(error).partition("; for a local copy")[0]
+            raise DataError(
+                f"task.name = {source.name!r} at {place!r}{known}: {reason}; for a "
+                f"folder or another id: --set task.location=PLACE{note}"
+            ) from None
+    if (rows.kind, len(rows.labels)) != (task.kind, task.classes):
+        raise DataError(
+            f"task.name = {source.name!r}: {place} has {rows.kind} of {len(rows.labels)} classes, "
+            f"and the task is {task.kind} of {task.classes}"
+        )
+    return rows
+
+
+_SAME_SPLITS = {split: split for split in _SPLITS}
+
+
+def _read_hub(
+    source: TaskSource, part: str = "", named: Mapping[str, str] = MappingProxyType(_SAME_SPLITS)
+) -> SourceRows:
+    """Read a data set of a hub; `named` says what it calls our splits."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        data = load_dataset(source.hub)
+        found = load_dataset(source.hub, *([part] if part else []))
+        data = {ours: found[theirs] for ours, theirs in named.items() if theirs in found}
+        data = {split: _labelled(rows, source.label_column) for split, rows in data.items()}
     except (DatasetNotFoundError, ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"task.hub = {source.hub!r} cannot be loaded ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); for a local copy: --set task.path=FOLDER"
         ) from None
     if "train" not in data:
-        raise DataError(f"task.hub = {source.hub!r} has no train split, only {', '.join(data)}")
+        raise DataError(f"task.hub = {source.hub!r} has no train split, only {', '.join(found)}")
     columns = {split: data[split].to_dict() for split in _SPLITS if split in data}
     features = data["train"].features
     if source.image_column in features:
@@ -524,6 +577,15 @@ def _read_hub(source: TaskSource) -> SourceRows:
     names = getattr(features.get(source.label_column), "names", None)
     places = {split: f"{source.hub}, split {split}" for split in columns}
     return _text_rows(places, source, columns, tuple(names) if names else None)
+
+
+def _labelled(rows: Any, column: str) -> Any:
+    """Leave out rows whose label is -1, as hubs write that there is none."""
+    if column not in rows.features:
+        return rows
+    labels = rows[column]
+    kept = [row for row, label in enumerate(labels) if label != -1]
+    return rows if len(kept) == len(labels) else rows.select(kept)
 
 
 def _hub_images(source: TaskSource, data: Any) -> SourceRows:

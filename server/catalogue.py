@@ -85,10 +85,26 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 
 def tasks() -> Entries:
-    """Describe every shipped task."""
+    """Describe every task with a name: shipped ones, then those that papers name."""
+    from common.published_tasks import METRIC, PUBLISHED_TASKS
     from common.tasks import SHIPPED_TASKS
 
-    return [{"name": name, "summary": task.summary} for name, task in SHIPPED_TASKS.items()]
+    shipped = [{"name": name, "summary": task.summary} for name, task in SHIPPED_TASKS.items()]
+    published = [
+        {
+            "name": name,
+            "summary": task.summary,
+            "hub": task.hub,
+            "part": task.part,
+            "verified": task.verified,
+            "splits": dict(task.splits),
+            "classes": task.classes,
+            "examples": task.examples or None,
+            "metric": METRIC,
+        }
+        for name, task in PUBLISHED_TASKS.items()
+    ]
+    return [*shipped, *published]
 
 
 def backbones() -> Entries:

@@ -18,6 +18,7 @@ from common.features import Features, extract_features, shortest_first
 from common.lowrank import Directions
 from common.metrics import Scores, mean_scores
 from common.models import Model, load_model
+from common.prompted_clip import PromptedClip
 from common.scoring import losses_and_hits, own_scores
 from common.shards import Shard
 from common.slopes import slopes
@@ -51,16 +52,33 @@ class Evaluator:
         self.model: Model = load_model(
             experiment.backbone, kinds.pop(), experiment.adapter, experiment.train.device
         )
+        shifts = load_shifts(experiment.task)
+        self._check_answers(shifts)
+        nemesis = experiment.nemesis.kind
+        if nemesis in ("pan", "blend") and not isinstance(self.model, PromptedClip):
+            raise ConfigError(
+                f"nemesis.kind = {nemesis!r} asks about positions of a CLIP's captions; "
+                f"{experiment.backbone.label!r} has none, and 'pun' needs none"
+            )
         self._precision = experiment.train.precision
         self._held_out = [
             self._rows(task, held_out(task, experiment.task.evaluate_on)) for task in self.tasks
         ]
         self._shifted = [
-            self._rows(task, held_out(task, experiment.task.evaluate_on))
-            for task in load_shifts(experiment.task)
+            self._rows(task, held_out(task, experiment.task.evaluate_on)) for task in shifts
         ]
         self._probe_rows: dict[tuple[int, str], list[_Rows]] = {}
         self._scored: OrderedDict[tuple[str, int, str], tuple[Tensor, Tensor]] = OrderedDict()
+
+    def _check_answers(self, shifts: Sequence[LabelledTask]) -> None:
+        """Refuse tasks that the model has no answers for: training gives it no head of theirs."""
+        trained = {name for task in self.tasks for name in self.model.shapes(0, task)}
+        for task in shifts:
+            if missing := sorted(self.model.shapes(0, task).keys() - trained):
+                raise ConfigError(
+                    f"task.shifts names {task.name}, and nothing would train {missing[0]}: shifts "
+                    "are for models that answer by the names of classes, such as a CLIP's captions"
+                )
 
     def initial(self, seed: int, restart: int = 0) -> dict[str, Tensor]:
         """Return the common start of all clients, heads of every task included."""

@@ -196,7 +196,8 @@ class FedcopraStrategy(FlowerStrategyBase):
         self._strategy = resolve(experiment)
         self._setting = setting_of(experiment)
         seed = experiment.federation.seed
-        self._shards = deal_shards(experiment.task, experiment.partition, seed)
+        shards = deal_shards(experiment.task, experiment.partition, seed)
+        self._judges = [shards[client] for client in experiment.members]
         if not remembering:
             _refuse_without_memory(experiment, self._strategy)
         self._parcels = Parcels(self._drawn, experiment.wire.down, remembering)
@@ -306,7 +307,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         self._own_scores, self._round.asked = [], []
         if not (self._strategy.personalised and self._is_due(server_round)):
             return []
-        for client in self._setting.clients:
+        for client in (self._setting.clients[k] for k in self._experiment.members):
             alone = Assignment(client.client, (client.client,))
             sent = self._instruct(alone, server_round, self._trained_parts(), "evaluate")
             self._round.asked.append(sent)
@@ -341,9 +342,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         began = time.perf_counter()
         if server_round == 0:
             if self._start_scores is None:
-                self._start_scores = self._evaluator.evaluate(
-                    self._strategy.serve(self._state), self._shards
-                )
+                self._start_scores = self._evaluator.evaluate(self._served(), self._judges)
             return None
         server_round += self._earlier_rounds
         scores = self._scores() if self._is_due(server_round) else _NOT_SCORED
@@ -363,7 +362,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         """Return what the run leaves."""
         if self._start_scores is None:
             raise RuntimeError("the run has not started")
-        served = tuple(self._strategy.serve(self._state))
+        served = tuple(self._served())
         return Outcomes(
             self._start_scores, self._rows, served, digest_of(served), self._last_updates
         )
@@ -381,14 +380,18 @@ class FedcopraStrategy(FlowerStrategyBase):
 
     def _scores(self) -> dict[str, Any]:
         if not self._strategy.personalised:
-            served = self._strategy.serve(self._state)
-            return self._evaluator.evaluate(served, self._shards).as_record()
+            return self._evaluator.evaluate(self._served(), self._judges).as_record()
         count = len(self._own_scores)
         return {
             **_NOT_SCORED,
             "own_accuracy": sum(scores.accuracy for scores in self._own_scores) / count,
             "own_loss": sum(scores.loss for scores in self._own_scores) / count,
         }
+
+    def _served(self) -> list[Served]:
+        """Return the served models, without those of clients that take no part."""
+        members = (None, *self._experiment.members)
+        return [model for model in self._strategy.serve(self._state) if model.client in members]
 
     def _errors(self, updates: Sequence[Update]) -> dict[str, Any]:
         """Measure what merging lost; not where the server never sees the clients' deltas."""
@@ -590,10 +593,10 @@ def _refuse_without_memory(experiment: Experiment, strategy: Strategy) -> None:
 
 def choose_cohort(experiment: Experiment, server_round: int) -> list[int]:
     """Return the clients of a round, in order; a function of (seed, round) alone."""
-    clients = experiment.partition.clients
+    members = experiment.members
     generator = numpy_generator(experiment.federation.seed, "cohort", server_round)
-    size = experiment.federation.cohort_size(clients)
-    return sorted(int(client) for client in generator.choice(clients, size, replace=False))
+    size = experiment.federation.cohort_size(len(members))
+    return sorted(members[at] for at in generator.choice(len(members), size, replace=False))
 
 
 def digest_of(served: Iterable[Served]) -> str:

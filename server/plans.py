@@ -135,6 +135,25 @@ def subjects_of(
     return subjects
 
 
+def named_subjects(
+    strategy: str,
+    named: Mapping[str, Mapping[str, Any]],
+    alternatives: Mapping[str, Sequence[Any]],
+) -> list[Subject]:
+    """Return the subjects that an experiment file names x settings; `strategy` is the file's."""
+    subjects = []
+    for label, own in named.items():
+        mine = {key: value for key, value in own.items() if key != "strategy.name"}
+        open_ = {key: values for key, values in alternatives.items() if key not in mine}
+        varied = [key for key, values in open_.items() if len(values) > 1]
+        for values in itertools.product(*open_.values()):
+            settings = dict(zip(open_, values, strict=True)) | mine
+            shown = [f"{key}={_shown(settings[key])}" for key in varied]
+            name = str(own.get("strategy.name", strategy))
+            subjects.append(Subject(" · ".join([label, *shown]), name, settings))
+    return subjects
+
+
 def checked_alternatives(assignments: Sequence[str]) -> dict[str, list[Any]]:
     """Return the settings to compare, without those that have an option of their own.
 

@@ -84,6 +84,7 @@ def _describe_task(finished: Finished) -> dict[str, Any]:
                 "label_counts": shard.label_counts,
             }
             for shard in shards
+            if shard.client in experiment.members
         ],
     }
 

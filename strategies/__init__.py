@@ -30,6 +30,7 @@ from strategies.flora import FLoRAOptions, flora
 from strategies.geometric_median import GeometricMedianOptions, geometric_median
 from strategies.global_local_prompts import GlobalLocalPromptsOptions, global_local_prompts
 from strategies.hetlora import HetLoRAOptions, hetlora
+from strategies.local_heads import LocalHeadsOptions, local_heads
 from strategies.lora_fair import LoRAFAIROptions, lora_fair
 from strategies.prompt_rules import (
     DirMagOptions,
@@ -447,6 +448,17 @@ STRATEGIES: Mapping[str, Method] = {
         secure_aggregation=True,
         client_state="local prompt",
     ),
+    "local-heads": Method(
+        local_heads,
+        LocalHeadsOptions,
+        "averages prompts, or what transfers them; heads, queries and own vectors stay at clients",
+        "ours, after OpenReview SYnIf4LxAG",
+        "personal",
+        same("P"),
+        adapters=("prompt",),
+        secure_aggregation=True,
+        client_state="head, queries and own vectors",
+    ),
     "local-only": Method(
         local_only,
         ControlOptions,
@@ -496,6 +508,12 @@ def resolve(experiment: Experiment) -> Strategy:
     options = _options(experiment, name)
     _refuse_impossible(experiment, name, method, options)
     strategy = method.build(options, setting_of(experiment))
+    travels = experiment.adapter.transfer.travels
+    if travels == "prompt" and strategy.rules.control_variates:
+        raise ConfigError(
+            f"adapter.transfer.travels = 'prompt': strategy {name} corrects gradients of what "
+            "travels, and clients train the map; choose 'projector'"
+        )
     nemesis = experiment.nemesis
     if nemesis.kind in ("pan", "blend") and nemesis.probing == "round":
         strategy = with_shared_probe(strategy, nemesis.strength)

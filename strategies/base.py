@@ -149,11 +149,11 @@ def everyone(_: Tensors, updates: Sequence[Update]) -> list[int]:
     return [update.client.client for update in updates]
 
 
-EVERYTHING = ("lora_A", "lora_B", "head", "prompt")
+EVERYTHING = ("lora_A", "lora_B", "head", "prompt", "own")
 
 
 def trains_everything(_: Tensors) -> tuple[str, ...]:
-    """Train both factors, soft prompts and the head in every round."""
+    """Train both factors, soft prompts, what transfers them and the head in every round."""
     return EVERYTHING
 
 

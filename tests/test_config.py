@@ -124,7 +124,7 @@ def test_an_unknown_key_is_refused_with_its_value_and_the_choices(
         ("train.decay", "exponential", ["none", "linear", "cosine"]),
         ("train.device", "tpu", ["auto", "cpu", "cuda"]),
         ("train.precision", "float16", ["float32", "bfloat16"]),
-        ("train.optimiser", "adam", ["adamw", "sgd"]),
+        ("train.optimiser", "lion", ["adamw", "adam", "sgd"]),
         ("wire.up", "int2", ["float32", "float16", "int8", "int4"]),
         ("wire.down", "int8", ["float32", "float16"]),
         ("adapter.kind", "ia3", ["lora"]),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from common.config import load_subjects
 from common.errors import ConfigError
 from server.plans import (
     ONE_CELL,
@@ -12,6 +13,7 @@ from server.plans import (
     TUNING_SEED,
     cells_of,
     choose,
+    named_subjects,
     plan_runs,
     plan_trials,
     subjects_of,
@@ -100,3 +102,43 @@ def test_the_best_setting_is_that_of_the_last_round(
     assert [run.experiment.train.local_steps for run in runs] == [best, best]
     assert {run.experiment.task.evaluate_on for run in runs} == {"test"}
     assert {run.label for run in runs} == {"fedavg"}
+
+
+# --- subjects that a file names -------------------------------------------------------------------
+
+TRANSFER = DIGITS.with_name("transfer.toml")
+
+
+def test_a_file_names_what_is_compared() -> None:
+    named = load_subjects(TRANSFER)
+    assert next(iter(named)) == "visual prompt tuning"
+    assert named["attention, norms alone"] == {
+        "adapter.transfer.kind": "attention",
+        "adapter.transfer.control": "norm-matched",
+    }
+    subjects = named_subjects("promptfl", named, {})
+    runs = plan_runs(TRANSFER, subjects, ONE_CELL, [0, 1])
+    assert len(runs) == 2 * len(named)
+    by_label = {run.label: run.experiment.adapter for run in runs}
+    assert by_label["linear probe"].transfer.kind == "none"
+    assert by_label["visual prompt tuning"].prompt.visual == 20
+    assert by_label["frozen"].transfer.kind == "frozen"
+    # A control is drawn anew for every seed.
+    assert [r.experiment.adapter.transfer.draw for r in runs if r.label == "frozen"] == [0, 1]
+
+
+def test_settings_are_laid_under_those_of_a_subject() -> None:
+    named = {"a": {"train.learning_rate": 0.5}, "b": {"strategy.name": "fedprox"}}
+    found = named_subjects("fedavg", named, {"train.learning_rate": [0.1, 0.2]})
+    assert [(s.label, s.strategy, s.settings["train.learning_rate"]) for s in found] == [
+        ("a", "fedavg", 0.5),
+        ("b · train.learning_rate=0.1", "fedprox", 0.1),
+        ("b · train.learning_rate=0.2", "fedprox", 0.2),
+    ]
+
+
+def test_subjects_are_tables(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("subjects = 3\n")
+    with pytest.raises(ConfigError, match="subjects are tables"):
+        load_subjects(tmp_path / "x.toml")
+    assert load_subjects(DIGITS) == {}

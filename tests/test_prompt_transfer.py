@@ -199,10 +199,12 @@ def test_starts_are_functions_of_the_seed() -> None:
     assert not torch.equal(state[KEY_WEIGHT], state[VALUE_WEIGHT])
 
 
-def test_all_that_is_trained_travels_as_prompt_and_only_vectors_are_called_one() -> None:
+def test_queries_and_own_vectors_are_a_part_by_themselves() -> None:
     names = {name for transfer in TRANSFERS.values() for name in transfer.shapes()}
-    assert {part_of(name) for name in names} == {"prompt"}
-    assert [name for name in names if is_prompt(name)] == [TARGET]
+    assert {part_of(name) for name in names} == {"prompt", "own"}
+    assert {name for name in names if part_of(name) == "own"} == {QUERIES, TARGET}
+    # None is a prompt by itself, whose norms a rule could keep.
+    assert not any(is_prompt(name) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -264,10 +266,13 @@ def test_controls_keep_norms_and_nothing_else() -> None:
         assert torch.equal(made, control(source, torch.Generator().manual_seed(5)))
         cosines = nn.functional.cosine_similarity(source, made, dim=1)
         assert abs(float(cosines.mean())) < 0.15, name
-        if name != "unrelated":
+        if name not in ("unrelated", "untrained"):
             torch.testing.assert_close(torch.linalg.vector_norm(made, dim=1), norms)
     shuffled = CONTROLS["coordinates-shuffled"](source, torch.Generator().manual_seed(5))
     torch.testing.assert_close(shuffled @ shuffled.T, source @ source.T, rtol=1e-4, atol=1e-3)
+    assert float(CONTROLS["untrained"](source, torch.Generator()).std()) == pytest.approx(
+        0.02, 0.05
+    )
     start = unrelated(torch.empty(100, 768), torch.Generator().manual_seed(6))
     assert float(start.abs().max()) <= 0.0625
     assert float(torch.linalg.vector_norm(start, dim=1).mean()) == pytest.approx(1.0, abs=0.01)

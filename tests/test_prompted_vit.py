@@ -311,7 +311,7 @@ def test_what_does_not_fit_the_model_is_refused(
         load(vit_folder, Adapter(kind="prompt"))
     with pytest.raises(ConfigError, match=r"visual_blocks = 5: the ViT has 4"):
         prompted(vit_folder, visual=1, visual_blocks=5)
-    with pytest.raises(ConfigError, match=r"width 12 and the target 16"):
+    with pytest.raises(ConfigError, match=r"width 12 has no place among vectors of width 16"):
         prompted(vit_folder, kind="frozen", sources=(bank["narrow"],))
     with pytest.raises(ConfigError, match=r"widths must be one, not narrow 12, same 16"):
         prompted(vit_folder, kind="attention", sources=(bank["narrow"], bank["same"]))
@@ -372,7 +372,7 @@ def test_it_trains_in_a_federation(
     for client in last["clients"]:
         up = client["bytes"]["up"]
         assert up["head"] == 4 * head
-        assert up.get("prompt", 0) == 4 * (sum(sizes.values()) - head)
+        assert up.get("prompt", 0) + up.get("own", 0) == 4 * (sum(sizes.values()) - head)
     assert FACTS["Adapter"](build_record(finished, name)) == called
 
 

@@ -268,22 +268,24 @@ def _backbone(record: Record) -> str:
 
 def _adapter(record: Record) -> str:
     adapter = record["experiment"]["adapter"]
-    return f"{adapter['kind']}, {_SIZES[adapter['kind']](adapter)}"
+    return f"{adapter['kind']}, {_SIZES[adapter['kind']](adapter, record['task']['kind'])}"
 
 
-def _ranks(adapter: Mapping[str, Any]) -> str:
+def _ranks(adapter: Mapping[str, Any], _: str) -> str:
     ranks = adapter.get("ranks") or [adapter["rank"]]
     noun = "rank" if len(ranks) == 1 else "ranks"
     return f"{noun} {spoken([str(rank) for rank in ranks])}"
 
 
-def _vectors(adapter: Mapping[str, Any]) -> str:
+def _vectors(adapter: Mapping[str, Any], kind: str) -> str:
     prompt = adapter["prompt"]
     said = []
     if prompt["length"]:
         whose = " and class" if prompt["class_specific"] else ""
+        whose += ", one prompt a task" if prompt.get("task_specific") else ""
         several = f" in each of {prompt['prompts']} prompts" if prompt["prompts"] > 1 else ""
-        said.append(f"{count_of(prompt['length'], 'vector')} a caption{whose}{several}")
+        place = "text" if kind == "text" else "caption"
+        said.append(f"{count_of(prompt['length'], 'vector')} a {place}{whose}{several}")
     if prompt["visual"]:
         blocks = count_of(prompt["visual_blocks"], "block")
         said.append(f"{prompt['visual']} a picture in {blocks}")
@@ -294,7 +296,10 @@ def _vectors(adapter: Mapping[str, Any]) -> str:
     return spoken(said) if said else "linear head alone"
 
 
-_SIZES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"lora": _ranks, "prompt": _vectors}
+_SIZES: Mapping[str, Callable[[Mapping[str, Any], str], str]] = {
+    "lora": _ranks,
+    "prompt": _vectors,
+}
 
 
 def _copra(record: Record) -> str:
