@@ -26,18 +26,20 @@ from common.lowrank import adapted_modules, factor_names, kaiming_start
 from common.memory import Memory, prefixed, under
 from common.messages import (
     Outcome,
+    pack_holding,
     pack_identity,
     pack_scores,
     pack_update,
     recall,
     remember,
     unpack_instruction,
+    unpack_question,
 )
 from common.models import Model, load_model
 from common.residuals import caught_up, is_change, is_residual
 from common.rows import load_training_rows
 from common.seeds import child_seed
-from common.shards import deal_shards
+from common.shards import Shard, shard_of
 from common.sketches import projections
 from common.tails import padded
 from common.tensors import Tensors, part_of
@@ -49,6 +51,15 @@ app = ClientApp()
 def identify(message: Message, context: Context) -> Message:
     """Answer which client this node is."""
     return Message(pack_identity(int(context.node_config["partition-id"])), reply_to=message)
+
+
+@app.query("holdings")
+def count_labels(message: Message, context: Context) -> Message:
+    """Answer how many rows of each label this client's own folder has."""
+    _refuse_other_code(context)
+    client, experiment = unpack_question(message.content)
+    counts = _shard(_experiment(experiment), client).label_counts
+    return Message(pack_holding(client, counts), reply_to=message)
 
 
 @app.train()
@@ -132,8 +143,7 @@ class _Client:
     """
 
     def __init__(self, message: Message, context: Context) -> None:
-        if code := str(context.run_config.get("code", "")):
-            refuse_other_code(code, "this site")
+        _refuse_other_code(context)
         self.plan, received = unpack_instruction(message.content)
         self.experiment = _experiment(self.plan.experiment)
         # Several clients share the machine: one thread each is fastest, and gives the same sums on
@@ -146,9 +156,7 @@ class _Client:
                 f"client {self.plan.client} no longer holds parcel {self.plan.since}; "
                 "it has to be sent everything again"
             )
-        seed = self.experiment.federation.seed
-        self._shards = deal_shards(self.experiment.task, self.experiment.partition, seed)
-        self.shard = self._shards[self.plan.client]
+        self.shard = _shard(self.experiment, self.plan.client)
         self.rank = self.experiment.adapter.rank_of(self.plan.client)
         self.scale = self.experiment.adapter.scale(self.rank)
         self.held = self._unpacked(received, self._model())
@@ -205,18 +213,20 @@ class _Client:
     def training_rows(self) -> Features:
         """Return the rows that the plan wants trained on: this client's, or a pool of several."""
         experiment = self.experiment
-        pooled = np.concatenate([self._shards[owner].rows for owner in self.plan.shards])
+        shards = [_shard(experiment, owner) for owner in self.plan.shards]
+        pooled = np.concatenate([shard.rows for shard in shards])
         rows = load_training_rows(
             experiment.task,
             self.shard.task.name,
             experiment.backbone,
             experiment.adapter,
             experiment.train.device,
+            self.shard.site,
         )
         chosen = rows.select(torch.from_numpy(pooled))
         if experiment.harm.kind != "random-labels":
             return chosen
-        sizes = [len(self._shards[owner].rows) for owner in self.plan.shards]
+        sizes = [len(shard.rows) for shard in shards]
         harmful, classes = experiment.harm.clients, len(self.shard.task.labels)
         labels = [
             random_labels(part, classes, experiment.federation.seed, owner)
@@ -262,6 +272,15 @@ class _Client:
 
 def _listed(counts: Tensors) -> dict[str, list[int]]:
     return {name: [int(n) for n in count] for name, count in counts.items()}
+
+
+def _refuse_other_code(context: Context) -> None:
+    if code := str(context.run_config.get("code", "")):
+        refuse_other_code(code, "this site")
+
+
+def _shard(experiment: Experiment, client: int) -> Shard:
+    return shard_of(experiment.task, experiment.partition, experiment.federation.seed, client)
 
 
 def _is_finite(tensors: Tensors) -> bool:

@@ -13,7 +13,7 @@ from common.models import Model, load_model
 from common.rows import load_held_out_rows, load_training_rows
 from common.scoring import losses_and_hits, own_scores
 from common.seeds import numpy_generator
-from common.shards import Shard, deal_shards
+from common.shards import Shard, shard_of
 from common.tensors import Tensors, head_prefix
 
 
@@ -40,13 +40,13 @@ def judge(candidates: Sequence[Tensors], experiment: Experiment, plan: Plan) -> 
     on: a candidate that leaves its own update out looks a little worse to it than it is.
     """
     seed = experiment.federation.seed
-    shard = deal_shards(experiment.task, experiment.partition, seed)[plan.client]
+    shard = shard_of(experiment.task, experiment.partition, seed, plan.client)
     stream = numpy_generator(seed, "judge", plan.client, "round", plan.round)
     chosen = stream.permutation(len(shard.rows))[: plan.rules.judge_rows]
     device, task = experiment.train.device, shard.task
     model = load_model(experiment.backbone, task.kind, experiment.adapter, device)
     rows = load_training_rows(
-        experiment.task, task.name, experiment.backbone, experiment.adapter, device
+        experiment.task, task.name, experiment.backbone, experiment.adapter, device, shard.site
     ).select(torch.from_numpy(shard.rows[chosen]))
     losses = []
     with model.in_use:

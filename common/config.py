@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from common.errors import ConfigError
 
 Scalar = str | int | float | bool
+SITE = "{site}"
 
 
 class _Table(BaseModel):
@@ -44,7 +45,10 @@ class _Source(_Table):
 
 
 class TaskSource(_Source):
-    """One task and its columns. `None` for a column means the field's usual name."""
+    """One task and its columns.
+
+    `{site}` in a path stands for a folder of everyone's own: the number of a client, or `server`.
+    """
 
     location: str = Field(
         "", description="of a published task: a folder, or a hub id other than the listed one"
@@ -53,6 +57,9 @@ class TaskSource(_Source):
     pair_column: str = "text_pair"
     image_column: str = "image"
     label_column: str = "label"
+    labels: tuple[str, ...] = Field(
+        (), description="the classes of a folder, in order; empty: those that its rows have"
+    )
     class_names: tuple[str, ...] = Field(
         (), description="what prompts call the classes, in label order; empty: the labels"
     )
@@ -60,10 +67,25 @@ class TaskSource(_Source):
         "all", description="base: the first half of the classes, rounded up; new: the others"
     )
 
+    @model_validator(mode="after")
+    def _labels_of_a_folder(self) -> Self:
+        if self.labels and (not self.path or len(set(self.labels)) != len(self.labels)):
+            raise ValueError(
+                f"labels = {list(self.labels)}: different classes, of a folder that path names"
+            )
+        return self
+
+    @property
+    def at_sites(self) -> bool:
+        """Say whether everyone has a folder of its own."""
+        return SITE in (self.path or "")
+
     @property
     def label(self) -> str:
         """Return what reports call it: the name or last part of the path, and which classes."""
         part = "" if self.classes == "all" else f"-{self.classes}"
+        if self.at_sites:
+            return (Path(str(self.path).replace(SITE, "")).name or "sites") + part
         return super().label + part
 
 
@@ -123,9 +145,10 @@ class Partition(_Table):
     `dirichlet` deals each label out by a draw over clients, so that sizes vary too; at small alpha
     some clients would get nothing, and a draw with fewer than `min_examples` is refused.
     `dirichlet-labels` gives all clients the same size and each a draw of its own over labels.
+    `sites` deals nothing out: each client has all training rows of its own folder.
     """
 
-    kind: Literal["iid", "dirichlet", "dirichlet-labels", "classes", "by-task"] = "iid"
+    kind: Literal["iid", "dirichlet", "dirichlet-labels", "classes", "by-task", "sites"] = "iid"
     clients: int = Field(10, ge=1)
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is more skewed")
     classes: int = Field(2, ge=1, description="classes a client, for kind = classes")
@@ -460,6 +483,22 @@ class Experiment(_Table):
             raise ValueError(
                 "task.members and partition.kind = 'by-task' go together: "
                 f"there are {members} members and the kind is {self.partition.kind!r}"
+            )
+        at_sites = self.partition.kind == "sites"
+        if at_sites != self.task.at_sites:
+            raise ValueError(
+                "partition.kind = 'sites' and a task.path with {site} in it go together, as in "
+                f"'data/{{site}}': the kind is {self.partition.kind!r}, the path "
+                f"{self.task.path!r}"
+            )
+        if at_sites and not self.task.labels:
+            raise ValueError(
+                "partition.kind = 'sites' needs task.labels: no site sees the classes of the others"
+            )
+        if at_sites and self.partition.shots:
+            raise ValueError(
+                f"partition.shots = {self.partition.shots} draws from all rows; partition.kind = "
+                "'sites' deals none out"
             )
         if absent := [k for k in self.harm.clients if not 0 <= k < self.partition.clients]:
             raise ValueError(

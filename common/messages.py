@@ -6,7 +6,7 @@ that is serialised.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -148,6 +148,30 @@ def pack_identity(client: int) -> RecordDict:
 def unpack_identity(content: RecordDict) -> int:
     """Return which client a node says it is."""
     return int(content.config_records[_OUTCOME]["client"])  # type: ignore[arg-type]
+
+
+def pack_question(client: int, experiment: str) -> RecordDict:
+    """Pack the question what a client holds, of an experiment as JSON."""
+    return RecordDict({_PLAN: ConfigRecord({"client": client, _TEXT: experiment})})
+
+
+def unpack_question(content: RecordDict) -> tuple[int, str]:
+    """Return which client is asked, and the experiment."""
+    config = content.config_records[_PLAN]
+    return int(config["client"]), str(config[_TEXT])  # type: ignore[arg-type]
+
+
+def pack_holding(client: int, label_counts: Sequence[int]) -> RecordDict:
+    """Pack how many rows of each label a client holds."""
+    config = ConfigRecord({"client": client, "label-counts": list(label_counts)})
+    return RecordDict({_OUTCOME: config})
+
+
+def unpack_holding(content: RecordDict) -> tuple[int, tuple[int, ...]]:
+    """Return (client, rows of each label)."""
+    config = content.config_records[_OUTCOME]
+    counts = tuple(int(count) for count in config["label-counts"])  # type: ignore[union-attr]
+    return int(config["client"]), counts  # type: ignore[arg-type]
 
 
 def pack_scores(client: int, accuracy: float, loss: float) -> RecordDict:

@@ -9,7 +9,7 @@ from common.backbones import load_preprocessor
 from common.config import Adapter, Backbone, Task
 from common.features import Features, extract_features, shortest_first
 from common.models import Model, load_model
-from common.tasks import LabelledTask, held_out, load_tasks
+from common.tasks import SERVER, LabelledTask, held_out, load_tasks
 
 
 class TrainingRows:
@@ -41,12 +41,12 @@ class TrainingRows:
 
 @functools.lru_cache(maxsize=8)
 def load_training_rows(
-    task: Task, member: str, backbone: Backbone, adapter: Adapter, device: str
+    task: Task, member: str, backbone: Backbone, adapter: Adapter, device: str, site: str = SERVER
 ) -> TrainingRows:
-    """Return the training rows of one member of a task, once a process."""
-    labelled = _member(task, member)
+    """Return the training rows of one member of a task, or of a site's folder; once a process."""
+    labelled = _member(task, member, site)
     model = load_model(backbone, labelled.kind, adapter, device)
-    return TrainingRows(_plain(task, member, backbone), model)
+    return TrainingRows(_plain(task, member, backbone, site), model)
 
 
 @functools.lru_cache(maxsize=8)
@@ -62,10 +62,10 @@ def load_held_out_rows(
 
 
 @functools.lru_cache(maxsize=8)
-def _plain(task: Task, member: str, backbone: Backbone) -> Features:
-    labelled = _member(task, member)
+def _plain(task: Task, member: str, backbone: Backbone, site: str) -> Features:
+    labelled = _member(task, member, site)
     return extract_features(load_preprocessor(backbone, labelled.kind), labelled.train)
 
 
-def _member(task: Task, name: str) -> LabelledTask:
-    return next(labelled for labelled in load_tasks(task) if labelled.name == name)
+def _member(task: Task, name: str, site: str = SERVER) -> LabelledTask:
+    return next(labelled for labelled in load_tasks(task, site) if labelled.name == name)

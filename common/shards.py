@@ -2,14 +2,16 @@
 
 `(task, partition, seed)` decides every client's rows, and every client recomputes its own: nothing
 is sent. The draws are those of flwr-datasets' partitioners; its partitioner for equal shards with
-skewed labels divides by zero where a label runs out, so that one is our own.
+skewed labels divides by zero where a label runs out, so that one is our own. Where each site has a
+folder of its own nothing is dealt out, and the server knows what it is told: how many rows of each
+label there are.
 """
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,24 +19,64 @@ from numpy.typing import NDArray
 from common.config import Partition, Task
 from common.errors import DataError
 from common.seeds import child_seed, numpy_generator
-from common.tasks import LabelledTask, load_tasks
+from common.tasks import SERVER, LabelledTask, load_tasks
 
 Rows = NDArray[np.int64]
 
 
+class Holding(Protocol):
+    """What the server knows of a client's part: how many rows it has of each label of a task."""
+
+    @property
+    def client(self) -> int:
+        """Return whose it is."""
+
+    @property
+    def task(self) -> LabelledTask:
+        """Return the task, as the server has it."""
+
+    @property
+    def label_counts(self) -> Sequence[int]:
+        """Return how many rows of each label the client holds."""
+
+
 @dataclass(frozen=True)
 class Shard:
-    """A client's part: rows (n,) of the training split of `task`."""
+    """A client's part: rows (n,) of the training split of `task`, which lies at `site`."""
 
     client: int
     task: LabelledTask
     rows: Rows
+    site: str = SERVER
 
     @property
     def label_counts(self) -> list[int]:
         """Return how many rows of each label the client holds."""
         labels = self.task.train.labels[self.rows]
         return [int(n) for n in np.bincount(labels, minlength=len(self.task.labels))]
+
+
+@dataclass(frozen=True)
+class ToldHolding:
+    """What a client with a folder of its own has said of it."""
+
+    client: int
+    task: LabelledTask
+    label_counts: tuple[int, ...]
+
+
+def shard_of(task: Task, partition: Partition, seed: int, client: int) -> Shard:
+    """Return the shard of one client: its part of what is dealt out, or all that its folder has.
+
+    Raises:
+        ConfigError, DataError: as `deal_shards` and `load_tasks`.
+    """
+    if partition.kind != "sites":
+        return deal_shards(task, partition, seed)[client]
+    [own] = load_tasks(task, str(client))
+    if not len(own.train):
+        raise DataError(f"client {client} has no training rows: {task.path!r} at its site")
+    return Shard(client, own, np.arange(len(own.train)), str(client))
 
 
 @functools.lru_cache(maxsize=16)

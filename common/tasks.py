@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.config import Task, TaskSource
+from common.config import SITE, Task, TaskSource
 from common.errors import ConfigError, DataError
 from common.installed_text import INSTALLED_TEXT
 from common.published_tasks import PUBLISHED_TASKS, PublishedTask
 from common.seeds import numpy_generator
 
 Kind = Literal["text", "image"]
+SERVER = "server"  # the site that is the server
 TextInput = tuple[str, ...]  # one text, or a pair
 
 
@@ -59,6 +60,10 @@ class Split(NamedTuple):
         return len(self.labels)
 
 
+_SPLITS = ("train", "validation", "test")
+_NO_ROWS = Split((), np.empty(0, dtype=np.int64))
+
+
 @dataclass(frozen=True)
 class SourceRows:
     """What a source offers: its own splits, before anything is cut out of them."""
@@ -83,14 +88,16 @@ class LabelledTask:
     class_names: tuple[str, ...] = ()
 
 
-def load_tasks(config: Task) -> tuple[LabelledTask, ...]:
+def load_tasks(config: Task, site: str = SERVER) -> tuple[LabelledTask, ...]:
     """Load every task of the experiment, once a process.
+
+    `site` says whose folder, where everyone has one. Nothing is cut from the rows of a client's.
 
     Raises:
         ConfigError: an unknown task name, or a folder that is not there.
         DataError: rows that cannot be used; the message names the file and the row.
     """
-    return tuple(_load(source, config) for source in config.sources)
+    return tuple(_load(source, config, site) for source in config.sources)
 
 
 def load_shifts(config: Task) -> tuple[LabelledTask, ...]:
@@ -100,21 +107,22 @@ def load_shifts(config: Task) -> tuple[LabelledTask, ...]:
         ConfigError, DataError: as `load_tasks`.
     """
     whole = config.model_copy(update={"limit": 0, "probe_examples": 0})
-    return tuple(_load(source, whole) for source in config.shifts)
+    return tuple(_load(source, whole, SERVER) for source in config.shifts)
 
 
 @functools.lru_cache(maxsize=16)
-def _load(source: TaskSource, config: Task) -> LabelledTask:
-    rows = _chosen_classes(_read(source), source)
+def _load(source: TaskSource, config: Task, site: str) -> LabelledTask:
+    rows = _chosen_classes(_read(source, site), source)
     name = source.label
-    train, validation, test = _cut(name, rows, config)
+    train, validation, test = _as_they_are(rows) if site != SERVER else _cut(name, rows, config)
     if config.include_validation:
         labels = np.concatenate([train.labels, validation.labels])
         train = Split([*train.inputs, *validation.inputs], labels)
         validation = validation.cut(slice(0))
     if config.limit:
         train = train.select(_shuffled(len(train), name, "limit")[: config.limit])
-    probe_rows = _balanced(train.labels, config.probe_examples // len(config.sources), name)
+    probed = config.probe_examples if site == SERVER else 0
+    probe_rows = _balanced(train.labels, probed // len(config.sources), name)
     kept = np.setdiff1d(np.arange(len(train)), probe_rows)
     return LabelledTask(
         name,
@@ -154,7 +162,7 @@ def _chosen_classes(rows: SourceRows, source: TaskSource) -> SourceRows:
     return SourceRows(rows.kind, rows.labels[kept], splits, names[kept])
 
 
-def _read(source: TaskSource) -> SourceRows:
+def _read(source: TaskSource, site: str) -> SourceRows:
     if source.name and source.name in PUBLISHED_TASKS:
         return _read_published(PUBLISHED_TASKS[source.name], source)
     if source.location:
@@ -170,13 +178,16 @@ def _read(source: TaskSource) -> SourceRows:
             )
         return SHIPPED_TASKS[source.name].read()
     if source.path:
-        return _read_path(Path(source.path).expanduser(), source)
+        return _read_path(Path(source.path.replace(SITE, site)).expanduser(), source)
     return _read_hub(source)
 
 
 def _cut(name: str, rows: SourceRows, config: Task) -> tuple[Split, Split, Split]:
-    """Return train, validation and test; a split that the source lacks is cut from its training."""
-    train = rows.splits["train"]
+    """Return train, validation and test; a split that the source lacks is cut from its training.
+
+    Where training rows are at sites, the server may have none.
+    """
+    train = rows.splits.get("train", _NO_ROWS) if config.at_sites else rows.splits["train"]
     order = _shuffled(len(train), name, "split")
     n_test = 0 if "test" in rows.splits else round(config.test_fraction * len(train))
     if config.examples:
@@ -188,9 +199,15 @@ def _cut(name: str, rows: SourceRows, config: Task) -> tuple[Split, Split, Split
     parts = np.split(order, [n_test, n_test + n_validation])
     cut_test, cut_validation, remaining = (train.select(np.sort(part)) for part in parts)
     test = rows.splits.get("test", cut_test)
-    if not len(remaining) or not len(test):
+    if not len(test) or not (len(remaining) or config.at_sites):
         raise DataError(f"task {name}: {len(train)} training rows are too few to split")
     return remaining, rows.splits.get("validation", cut_validation), test
+
+
+def _as_they_are(rows: SourceRows) -> tuple[Split, Split, Split]:
+    """Return train, validation and test as the source has them."""
+    train, validation, test = (rows.splits.get(split, _NO_ROWS) for split in _SPLITS)
+    return train, validation, test
 
 
 def _shuffled(n: int, *stream: str) -> NDArray[np.int64]:
@@ -283,7 +300,6 @@ SHIPPED_TASKS: Mapping[str, ShippedTask] = {
 
 # --- local folders and zips --------------------------------------------------------------------
 
-_SPLITS = ("train", "validation", "test")
 _CLASS_NAMES = "classes.json"
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _EXPECTED = (
@@ -301,14 +317,14 @@ def _read_path(path: Path, source: TaskSource) -> SourceRows:
         for ending in _TABLES
         if (path / (split + ending)).is_file()
     }
-    if "train" in tables:
+    if "train" in tables or (tables and source.at_sites):
         columns = {split: _read_table(file) for split, file in tables.items()}
-        names = _label_names(path / "labels.json")
+        names = source.labels or _label_names(path / "labels.json")
         return _text_rows({s: str(f) for s, f in tables.items()}, source, columns, names)
     pictures = _zipped_pictures(path) if zipfile.is_zipfile(path) else _folder_pictures(path)
-    if "train" not in pictures:
+    if "train" not in pictures and not (pictures and source.at_sites):
         raise DataError(f"task.path = {str(path)!r}: {_EXPECTED}")
-    return _image_rows(path, pictures)
+    return _image_rows(path, pictures, source.labels)
 
 
 _Columns = dict[str, list[Any]]
@@ -479,8 +495,8 @@ def _names_of_pictured(path: Path) -> tuple[str, ...]:
         return _names_in(f"{path}: {found[0]}", archive.read(found[0])) if found else ()
 
 
-def _image_rows(path: Path, pictures: _Pictures) -> SourceRows:
-    labels = tuple(sorted({label for label, _ in pictures["train"]}))
+def _image_rows(path: Path, pictures: _Pictures, labels: tuple[str, ...]) -> SourceRows:
+    labels = labels or tuple(sorted({label for label, _ in pictures["train"]}))
     names = _names_of_pictured(path)
     if names and len(names) != len(labels):
         raise DataError(

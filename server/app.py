@@ -10,11 +10,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import Experiment, experiment_from_flat
 from common.installed_code import refuse_other_code
-from common.shards import deal_shards
 from server.checkpoints import Checkpoints
 from server.evaluation import Evaluator
 from server.flower_strategy import find_clients, run_federation, share_nodes
 from server.folders import REPORT, appearing_whole
+from server.holdings import check_shards
 from server.record import build_record, write_run
 from server.reporting.report import write_report
 from server.reporting.wording import round_line
@@ -44,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
     text = str(config.pop("experiment", ""))
     experiment = Experiment.model_validate_json(text) if text else experiment_from_flat(config)
     resolve(experiment)
-    deal_shards(experiment.task, experiment.partition, experiment.federation.seed)
+    check_shards(experiment)
     checkpoints = Checkpoints(folder.absolute().parent, experiment)
     with appearing_whole(folder.absolute()) as unfinished:
         evaluator = Evaluator(experiment)

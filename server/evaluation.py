@@ -20,7 +20,7 @@ from common.metrics import Scores, mean_scores
 from common.models import Model, load_model
 from common.prompted_clip import PromptedClip
 from common.scoring import losses_and_hits, own_scores
-from common.shards import Shard
+from common.shards import Holding
 from common.slopes import slopes
 from common.tasks import LabelledTask, Split, held_out, load_shifts, load_tasks
 from common.tensors import Tensors, digest
@@ -85,7 +85,7 @@ class Evaluator:
         with self.model.in_use:
             return self.model.initial(self.tasks, seed, restart)
 
-    def evaluate(self, served: Sequence[Served], shards: Sequence[Shard]) -> Scores:
+    def evaluate(self, served: Sequence[Served], holdings: Sequence[Holding]) -> Scores:
         """Score on the held-out rows: mean over models, then over tasks.
 
         The own scores weight the rows of a client's task like the client's labels, and are the
@@ -93,7 +93,7 @@ class Evaluator:
         """
         by_task, own = {}, []
         for rows in self._held_out:
-            holders = [shard for shard in shards if shard.task.name == rows.task.name]
+            holders = [held for held in holdings if held.task.name == rows.task.name]
             scored = []
             for model in served:
                 if model.task not in (None, rows.task.name):
@@ -102,9 +102,9 @@ class Evaluator:
                 scored.append(Scores(float(hits.double().mean()), float(losses.double().mean())))
                 labels = rows.features.labels
                 found = [
-                    own_scores(losses, hits, labels, shard.label_counts)
-                    for shard in holders
-                    if model.client in (None, shard.client)
+                    own_scores(losses, hits, labels, held.label_counts)
+                    for held in holders
+                    if model.client in (None, held.client)
                 ]
                 # A client whose labels no held-out row has cannot be judged, and does not count.
                 own += [Scores(*scores) for scores in found if scores is not None]

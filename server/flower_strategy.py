@@ -40,11 +40,13 @@ from common.returns import (
 )
 from common.rules import LocalRules
 from common.seeds import numpy_generator
-from common.shards import deal_shards
+from common.shards import Holding
 from common.tensors import Tensors, digest
 from server.checkpoints import Checkpoints, Progress
 from server.evaluation import Evaluator
+from server.holdings import find_holdings
 from server.parcels import Parcel, Parcels
+from server.replies import last_line
 from strategies import resolve, setting_of
 from strategies.aggregation_error import aggregation_error
 from strategies.base import (
@@ -71,6 +73,7 @@ class Outcomes:
     served: tuple[Served, ...]
     digest: str
     updates: tuple[Update, ...] = ()
+    holdings: tuple[Holding, ...] = ()
 
 
 @dataclass
@@ -113,8 +116,15 @@ def run_federation(
     Raises:
         FedcopraError: no client's update has ever been accepted.
     """
+    holdings = find_holdings(grid, experiment, nodes, evaluator.tasks)
     bridge = FedcopraStrategy(
-        experiment, evaluator, nodes, on_round, remembering=remembering, checkpoints=checkpoints
+        experiment,
+        evaluator,
+        nodes,
+        holdings,
+        on_round,
+        remembering=remembering,
+        checkpoints=checkpoints,
     )
     bridge.start(
         grid,
@@ -146,7 +156,7 @@ def find_clients(grid: Grid, wanted: int, timeout: float, patience: float = 60.0
     replies = list(grid.send_and_receive(questions, timeout=timeout))
     found = {unpack_identity(r.content): r.metadata.src_node_id for r in replies if r.has_content()}
     if missing := sorted(set(range(wanted)) - set(found)):
-        reasons = [_last_line(str(r.error.reason)) for r in replies if r.has_error()]
+        reasons = [last_line(str(r.error.reason)) for r in replies if r.has_error()]
         why = f": {reasons[0]}" if reasons else ""
         raise FedcopraError(f"clients {missing} of {wanted} did not say who they are{why}")
     return found
@@ -181,6 +191,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         experiment: Experiment,
         evaluator: Evaluator,
         nodes: Mapping[int, int],
+        holdings: tuple[Holding, ...],
         on_round: OnRound,
         *,
         remembering: bool,
@@ -196,8 +207,8 @@ class FedcopraStrategy(FlowerStrategyBase):
         self._strategy = resolve(experiment)
         self._setting = setting_of(experiment)
         seed = experiment.federation.seed
-        shards = deal_shards(experiment.task, experiment.partition, seed)
-        self._judges = [shards[client] for client in experiment.members]
+        self._holdings = holdings
+        self._judges = [holdings[client] for client in experiment.members]
         if not remembering:
             _refuse_without_memory(experiment, self._strategy)
         self._parcels = Parcels(self._drawn, experiment.wire.down, remembering)
@@ -325,7 +336,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         for sent in self._round.asked:
             reply = by_question.get(sent.message.metadata.message_id)
             if reply is None or reply.has_error():
-                why = _last_line(str(reply.error.reason)) if reply else "no reply"
+                why = last_line(str(reply.error.reason)) if reply else "no reply"
                 raise FedcopraError(
                     f"client {sent.client.client} could not score its own model in round "
                     f"{server_round}: {why}; without it the mean over clients means nothing"
@@ -364,7 +375,12 @@ class FedcopraStrategy(FlowerStrategyBase):
             raise RuntimeError("the run has not started")
         served = tuple(self._served())
         return Outcomes(
-            self._start_scores, self._rows, served, digest_of(served), self._last_updates
+            self._start_scores,
+            self._rows,
+            served,
+            digest_of(served),
+            self._last_updates,
+            self._holdings,
         )
 
     # --- one round -----------------------------------------------------------------------------
@@ -535,7 +551,7 @@ class FedcopraStrategy(FlowerStrategyBase):
             return status | {"status": "missing", "reason": f"no reply within {timeout} s"}, None
         if reply.has_error():
             reason = reply.error.reason or f"error {reply.error.code}"
-            return status | {"status": "failed", "reason": _last_line(reason)}, None
+            return status | {"status": "failed", "reason": last_line(reason)}, None
         try:
             outcome, received = unpack_update(reply.content)
             self._charge(client, "up", reply)
@@ -608,9 +624,3 @@ def digest_of(served: Iterable[Served]) -> str:
             for name, tensor in model.tensors.items()
         }
     )
-
-
-def _last_line(reason: str) -> str:
-    """Return the line that names the error: Ray puts a whole traceback before it."""
-    lines = [line.strip() for line in reason.replace("\\n", "\n").splitlines() if line.strip()]
-    return lines[-1] if lines else reason

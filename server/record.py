@@ -17,7 +17,6 @@ from torch import Tensor
 from common.config import Experiment
 from common.errors import ConfigError, DataError
 from common.memory import under
-from common.shards import deal_shards
 from common.tensors import Tensors, only
 from server.environment import describe_environment
 from server.flower_strategy import Outcomes
@@ -63,7 +62,9 @@ def build_record(finished: Finished, label: str) -> dict[str, Any]:
 
 def _describe_task(finished: Finished) -> dict[str, Any]:
     experiment, tasks = finished.experiment, finished.evaluator.tasks
-    shards = deal_shards(experiment.task, experiment.partition, experiment.federation.seed)
+    holdings = finished.outcomes.holdings
+    # Rows at sites are not among the server's.
+    held = sum(sum(holding.label_counts) for holding in holdings if experiment.task.at_sites)
     return {
         "name": " + ".join(task.name for task in tasks),
         "kind": tasks[0].kind,
@@ -72,19 +73,19 @@ def _describe_task(finished: Finished) -> dict[str, Any]:
         "tasks": [task.name for task in tasks] if len(tasks) > 1 else None,
         "labels": list(tasks[0].labels) if len(tasks) == 1 else None,
         "sizes": {
-            split: sum(len(getattr(task, split)) for task in tasks)
+            split: sum(len(getattr(task, split)) for task in tasks) + held * (split == "train")
             for split in ("train", "validation", "probe", "test")
         },
         "clients": [
             {
-                "client": shard.client,
-                "num_examples": len(shard.rows),
-                "task": shard.task.name,
-                "rank": experiment.adapter.rank_of(shard.client),
-                "label_counts": shard.label_counts,
+                "client": holding.client,
+                "num_examples": sum(holding.label_counts),
+                "task": holding.task.name,
+                "rank": experiment.adapter.rank_of(holding.client),
+                "label_counts": list(holding.label_counts),
             }
-            for shard in shards
-            if shard.client in experiment.members
+            for holding in holdings
+            if holding.client in experiment.members
         ],
     }
 

@@ -26,9 +26,9 @@ from clients.app import app as client_app
 from common.backbones import choose_device
 from common.config import Experiment, Federation
 from common.errors import ConfigError, FedcopraError
-from common.shards import deal_shards
 from server.evaluation import Evaluator
 from server.flower_strategy import Outcomes, find_clients, run_federation
+from server.holdings import check_shards
 from server.local_grid import LocalGrid
 
 # (index of the run, its row of the record)
@@ -96,7 +96,7 @@ def _evaluators(experiments: Sequence[Experiment]) -> list[Evaluator]:
     made: dict[Any, Evaluator] = {}
     for experiment in experiments:
         # Shards that cannot be dealt are a mistake to tell before any client starts.
-        deal_shards(experiment.task, experiment.partition, experiment.federation.seed)
+        check_shards(experiment)
         key = _evaluation_key(experiment)
         if key not in made:
             made[key] = Evaluator(experiment)

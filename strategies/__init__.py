@@ -87,6 +87,8 @@ class Method:
         adapters: the kinds of adapter that the method has a meaning for.
         unequal_ranks: whether clients may have ranks of their own.
         by_task: whether clients may hold different tasks.
+        at_sites: whether each client may have a folder of its own: nobody else trains on its rows,
+            and the server's test rows say all that is reported.
         secure_aggregation: whether the server needs no more than sums over clients.
         noise: whether noise on what clients send enters the delta linearly, as differential privacy
             wants it.
@@ -105,6 +107,7 @@ class Method:
     adapters: tuple[str, ...] = ("lora",)
     unequal_ranks: bool = False
     by_task: bool = True
+    at_sites: bool = True
     secure_aggregation: bool = False
     noise: bool = False
     optimiser: Literal["", "sgd"] = ""
@@ -172,6 +175,7 @@ STRATEGIES: Mapping[str, Method] = {
         same("A"),
         secure_aggregation=True,
         client_state="B and head",
+        at_sites=False,
     ),
     "copra-merge": Method(
         copra_merge,
@@ -447,6 +451,7 @@ STRATEGIES: Mapping[str, Method] = {
         adapters=("prompt",),
         secure_aggregation=True,
         client_state="local prompt",
+        at_sites=False,
     ),
     "local-heads": Method(
         local_heads,
@@ -479,6 +484,7 @@ STRATEGIES: Mapping[str, Method] = {
         "exact",
         ADAPTERS,
         by_task=False,
+        at_sites=False,
         control=True,
         adapters=EITHER,
     ),
@@ -612,6 +618,11 @@ def _refuse_impossible(experiment: Experiment, name: str, method: Method, option
         raise ConfigError(
             f"partition.kind = 'by-task': strategy {name} trains one model on pooled rows and has "
             f"no meaning over several tasks; choose from {_able(lambda other: other.by_task)}"
+        )
+    if experiment.task.at_sites and not method.at_sites:
+        raise ConfigError(
+            f"partition.kind = 'sites': strategy {name} pools rows, or scores clients' own models "
+            f"on the server's test rows; choose from {_able(lambda other: other.at_sites)}"
         )
 
 

@@ -118,7 +118,7 @@ class Deployment:
         log = (self.folder / f"{name}.log").open("ab")
         self.running[name] = subprocess.Popen(
             [str(Path(sys.executable).with_name(command)), *arguments],
-            cwd=self.results,
+            cwd=self.folder,
             env=self._environment(name),
             stdout=log,
             stderr=log,

@@ -1,12 +1,15 @@
 """Certificates and keys of a deployment: one CA, one server certificate, one key a site.
 
 What is there stays: making them again adds what is missing and renews what has expired, so that
-sites that are in use never lose their key. Secrets are readable by their owner alone.
+sites that are in use never lose their key. A renewed server certificate is of the same key, holds
+all the names of the one before, and is written into the same file: a gateway in a container, which
+holds that file, serves it from the next connection on. Secrets are readable by their owner alone.
 """
 
 import datetime
 import ipaddress
 import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +76,21 @@ def make_certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str]) 
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     written = _make_ca(folder)
-    names = (*HOSTS, *(host for host in hosts if host not in HOSTS))
+    names = [_general(name) for name in (*HOSTS, *hosts)]
     if written or not _is_current(folder / SERVER_CERTIFICATE, names):
-        written += _make_server(folder, names)
+        names += [name for name in _named_before(folder / SERVER_CERTIFICATE) if name not in names]
+        written += _make_server(folder, list(dict.fromkeys(names)))
     written += _make_secret(folder / SERVER_SECRET)
     for site in keys:
         written += _make_site(site)
     return written
+
+
+def host_of_gateway(folder: Path) -> str:
+    """Return the name by which sites reach the server: the first of its own, or this machine's."""
+    here = {_general(name) for name in HOSTS}
+    own = [name for name in _named_before(folder / SERVER_CERTIFICATE) if name not in here]
+    return str(own[0].value) if own else socket.getfqdn()
 
 
 def _make_ca(folder: Path) -> list[Path]:
@@ -100,15 +111,18 @@ def _make_ca(folder: Path) -> list[Path]:
     return [certificate, key_file]
 
 
-def _make_server(folder: Path, names: Sequence[str]) -> list[Path]:
-    ca_key = load_pem_private_key((folder / CA_KEY).read_bytes(), password=None)
+def _make_server(folder: Path, names: Sequence[x509.GeneralName]) -> list[Path]:
     ca = x509.load_pem_x509_certificate((folder / CA_CERTIFICATE).read_bytes())
-    if not isinstance(ca_key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{folder / CA_KEY} is no key on an elliptic curve; remove it and {ca}")
-    key = ec.generate_private_key(ec.SECP384R1())
+    ca_key = _load_key(folder / CA_KEY)
+    certificate, key_file = folder / SERVER_CERTIFICATE, folder / SERVER_KEY
+    written = [certificate]
+    if not key_file.exists():
+        _write_secret(key_file, _pem(ec.generate_private_key(ec.SECP384R1())))
+        written += [key_file]
+    public = _load_key(key_file).public_key()
     built = (
-        _certificate(_named("superlink"), ca.subject, key.public_key(), _SERVER_DAYS)
-        .add_extension(x509.SubjectAlternativeName([_general(n) for n in names]), critical=False)
+        _certificate(_named("superlink"), ca.subject, public, _SERVER_DAYS)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -117,10 +131,15 @@ def _make_server(folder: Path, names: Sequence[str]) -> list[Path]:
         )
         .sign(ca_key, hashes.SHA256())
     )
-    certificate, key_file = folder / SERVER_CERTIFICATE, folder / SERVER_KEY
-    _write_secret(key_file, _pem(key))
     certificate.write_bytes(built.public_bytes(Encoding.PEM))
-    return [certificate, key_file]
+    return written
+
+
+def _load_key(file: Path) -> ec.EllipticCurvePrivateKey:
+    key = load_pem_private_key(file.read_bytes(), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{file} is no key on an elliptic curve; remove it to have one made")
+    return key
 
 
 def _make_site(site: SiteKeys) -> list[Path]:
@@ -147,14 +166,21 @@ def _make_secret(file: Path) -> list[Path]:
     return [file]
 
 
-def _is_current(certificate: Path, names: Sequence[str]) -> bool:
+def _is_current(certificate: Path, names: Sequence[x509.GeneralName]) -> bool:
     """Say whether a certificate is there, names all hosts, and lasts for some weeks."""
     if not certificate.exists():
         return False
     found = x509.load_pem_x509_certificate(certificate.read_bytes())
-    named = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     left = found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
-    return left.days > _RENEWED_BEFORE and {_general(name) for name in names} <= set(named)
+    return left.days > _RENEWED_BEFORE and set(names) <= set(_named_before(certificate))
+
+
+def _named_before(certificate: Path) -> list[x509.GeneralName]:
+    """Return the names in a certificate; none if there is none."""
+    if not certificate.exists():
+        return []
+    found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    return list(found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
 
 
 def _certificate(

@@ -19,6 +19,7 @@ Deployment = Annotated[
 ]
 _FOLDER = Path("deployed")
 _SITES = "site-1,site-2"
+_SUPERLINK, _CONTROL = "127.0.0.1:8000", "Host and port of the SuperLink's control API."
 # Of the image's user, for when a deployment is set up by root, as nobody should be in a container.
 _IMAGE_USER = 49999
 
@@ -57,26 +58,43 @@ def certs(
 @site.command("new")
 def new_site(
     name: Annotated[str, typer.Argument(help="Small letters, digits and hyphens: hospital-3.")],
-    server: Annotated[str, typer.Option(help="The gateway as the site reaches it: HOST:PORT.")],
+    server: Annotated[
+        str,
+        typer.Option(help="The gateway as the site reaches it: HOST:PORT; else as certs knows it."),
+    ] = "",
     out: Annotated[Path | None, typer.Option("--out", help="The folder to write.")] = None,
     deployment: Deployment = _FOLDER,
+    superlink: Annotated[str, typer.Option(help=_CONTROL)] = _SUPERLINK,
 ) -> None:
-    """Make a folder that lets a site elsewhere join: its services, its key, the CA it trusts.
+    """Make a folder that lets a site elsewhere join, and put its key on the SuperLink's list.
+
+    The folder has the site's services, its key, and the CA it trusts.
 
     Example: fedcopra site new hospital-3 --server fed.example.org:8443
     """
     folder = out or Path(name)
     refuse_existing(folder)
+    from server.deployment.certificates import REGISTERED, host_of_gateway
+    from server.deployment.flower_cli import UnreachableError
+    from server.deployment.registration import register
     from server.deployment.site_folder import write_site_folder
-    from server.deployment.submission import CERTIFICATES
+    from server.deployment.submission import CERTIFICATES, connected
 
-    partition = write_site_folder(deployment, deployment / CERTIFICATES, name, server, folder)
+    keys, user = deployment / CERTIFICATES, "{}:{}".format(*_container_user())
+    reached = server or f"{host_of_gateway(keys)}:8443"
+    partition = write_site_folder(deployment, keys, name, reached, user, folder)
     _give_to_container_user(deployment, folder)
     console.print(f"{folder} is for {name}, client {partition}: bring it there on a safe way")
-    console.print("here: docker compose up -d register   puts its key on the SuperLink's list")
     console.print(
-        f"there, with the image and the site's rows in {folder}/data: docker compose up -d"
+        f"there, with the image and the site's rows in {folder}/data: docker compose up -d; "
+        f"it will call {reached}",
+        soft_wrap=True,
     )
+    try:
+        register(connected(superlink, deployment, insecure=False), keys / REGISTERED)
+        console.print(f"its key is registered at {superlink}")
+    except UnreachableError:
+        console.print(f"no SuperLink at {superlink}; docker compose up -d will register its key")
 
 
 def _give_to_container_user(*folders: Path) -> None:
@@ -106,9 +124,7 @@ def run(
         Path | None, typer.Option("--out", help="The folder to write; it must not exist.")
     ] = None,
     deployment: Deployment = _FOLDER,
-    superlink: Annotated[
-        str, typer.Option(help="Host and port of the SuperLink's control API.")
-    ] = "127.0.0.1:8000",
+    superlink: Annotated[str, typer.Option(help=_CONTROL)] = _SUPERLINK,
     results: Annotated[
         Path | None,
         typer.Option(help="Where the ServerApp writes, as seen from here: DEPLOYMENT/results."),

@@ -11,6 +11,17 @@ from typing import Any
 
 from common.errors import FedcopraError
 
+_UNREACHABLE = "Connection to the SuperLink is unavailable"
+
+
+class UnreachableError(FedcopraError):
+    """The SuperLink does not answer: it may be starting again, or be cut off for a while."""
+
+
+def failure(said: str) -> FedcopraError:
+    """Return the error that fits what Flower's command line said."""
+    return (UnreachableError if _UNREACHABLE in said else FedcopraError)(said)
+
 
 @dataclass(frozen=True)
 class Superlink:
@@ -69,9 +80,10 @@ class FlowerCli:
         try:
             answer: Mapping[str, Any] = json.loads(done.stdout)
         except json.JSONDecodeError:
-            raise FedcopraError(f"flwr {command}: {_said(done)}") from None
+            raise failure(f"flwr {command}: {_said(done)}") from None
         if not answer.get("success"):
-            raise FedcopraError(f"flwr {command}: {answer.get('error-message') or _said(done)}")
+            why = str(answer.get("error-message") or _said(done))
+            raise failure(f"flwr {command}: {' '.join(why.split())}")
         return answer
 
     def call(self, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common.errors import FedcopraError
-from server.deployment.flower_cli import FlowerCli, Superlink
+from server.deployment.flower_cli import FlowerCli, Superlink, failure
 
 _KNOWN_ALREADY = "already in use"
 
@@ -18,6 +18,7 @@ def register(superlink: Superlink, keys: Path) -> dict[str, str]:
     """Register every `NAME.pub` in `keys`; return by name `registered` or `known`.
 
     Raises:
+        UnreachableError: the SuperLink does not answer.
         FedcopraError: the SuperLink refuses a key for another reason than that it knows it.
     """
     with TemporaryDirectory() as scratch:
@@ -29,7 +30,7 @@ def _register(flower: FlowerCli, key: Path) -> str:
     done = flower.call("supernode", "register", str(key), flower.connection, "--name", key.stem)
     said = done.stdout + done.stderr
     if done.returncode and _KNOWN_ALREADY not in said:
-        raise FedcopraError(f"site {key.stem} was not registered: {' '.join(said.split())[-300:]}")
+        raise failure(f"site {key.stem} was not registered: {' '.join(said.split())[-300:]}")
     return "known" if done.returncode else "registered"
 
 

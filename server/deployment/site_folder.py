@@ -13,8 +13,8 @@ _COMPOSE = """\
 #   docker compose up -d
 x-service: &service
   image: ${{FEDCOPRA_IMAGE:-fedcopra:cpu}}
-  # Who owns the key and may read ./data; never root.
-  user: ${{FEDCOPRA_USER:-49999:49999}}
+  # Who owns the key here and may read ./data, as .env says; never root.
+  user: ${{FEDCOPRA_USER:?}}
   init: true
   read_only: true
   tmpfs: [/tmp]
@@ -49,7 +49,7 @@ services:
       - --runtime-api-address=supernode:9094
       - --superexec-auth-secret-file=/run/secrets/superexec-secret
     networks: [site]
-    volumes: ["./data:/app/data:ro"]
+    volumes: ["./data:/app/data/{partition}:ro"]
     secrets: [superexec-secret]
     depends_on: [supernode]
 
@@ -78,10 +78,13 @@ def remember_sites(deployment: Path, names: list[str]) -> list[str]:
     return known
 
 
-def write_site_folder(deployment: Path, keys: Path, site: str, server: str, out: Path) -> int:
+def write_site_folder(
+    deployment: Path, keys: Path, site: str, server: str, user: str, out: Path
+) -> int:
     """Make the keys of a new site and write what its host needs into `out`; return its partition.
 
-    `server` is the gateway as the site reaches it, host and port.
+    `server` is the gateway as the site reaches it, host and port; `user` is `uid:gid` of whom the
+    site's containers run as.
 
     Raises:
         ConfigError: no proper name or server, or the deployment has no CA yet, or knows the site.
@@ -103,4 +106,5 @@ def write_site_folder(deployment: Path, keys: Path, site: str, server: str, out:
         shutil.copy(source, out / source.name)
     compose = _COMPOSE.format(site=site, server=server, partition=partition)
     (out / "docker-compose.yml").write_text(compose, encoding="utf-8")
+    (out / ".env").write_text(f"FEDCOPRA_USER={user}\n", encoding="utf-8")
     return partition

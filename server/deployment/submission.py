@@ -16,10 +16,12 @@ from common.config import Experiment
 from common.errors import ConfigError, FedcopraError
 from common.installed_code import code_digest
 from server.deployment.certificates import CA_CERTIFICATE
-from server.deployment.flower_cli import FlowerCli, Superlink
+from server.deployment.flower_cli import FlowerCli, Superlink, UnreachableError
 
 RESULTS, CERTIFICATES = "results", "certificates"
 _POLL_SECONDS = 3.0
+# A SuperLink that is restarted, or on the far side of a bad line, is given so long to answer again.
+_PATIENCE_SECONDS = 300.0
 _ROUND = re.compile(r"round \d+: .*")  # as the ServerApp logs it
 _PYPROJECT = """\
 [project]
@@ -38,7 +40,7 @@ clientapp = "client_side:app"
 experiment = {experiment}
 code = {code}
 share_nodes = false
-out = "."
+out = "results"
 """
 # Flower looks for an assignment before it submits.
 _SIDES = {
@@ -111,16 +113,31 @@ def run_on_deployment(
 
 
 def _follow(flower: FlowerCli, run: int, say: Callable[[str], None]) -> str:
-    """Wait for the end of a run and return how it ended; tell of every round."""
-    status, told = "", 0
+    """Wait for the end of a run and return how it ended; tell of every round.
+
+    Raises:
+        UnreachableError: the SuperLink has not answered for minutes.
+    """
+    status, told, answered, asking = "", 0, time.monotonic(), 0.0
     while not status.startswith("finished"):
-        time.sleep(_POLL_SECONDS)
-        found = flower.status(run)
+        # Asking starts a process: on a busy machine that takes seconds, so do not ask all the time.
+        time.sleep(max(_POLL_SECONDS, asking))
+        began = time.monotonic()
+        try:
+            found = flower.status(run)
+            lines = flower.log(run)
+        except UnreachableError:
+            if time.monotonic() - answered > _PATIENCE_SECONDS:
+                raise
+            found, lines = "the SuperLink does not answer", []
+        else:
+            answered = time.monotonic()
+        asking = time.monotonic() - began
         if found != status:
             say(found)
         status = found
-        rounds = [said.group() for line in flower.log(run) if (said := _ROUND.search(line))]
+        rounds = [said.group() for line in lines if (said := _ROUND.search(line))]
         for line in rounds[told:]:
             say(line)
-        told = len(rounds)
+        told = max(told, len(rounds))
     return status
