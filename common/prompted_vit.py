@@ -255,8 +255,8 @@ def _check(prompt: Prompt, blocks: int) -> None:
     for key in (key for key in Prompt.model_fields if key not in _OF_PICTURES):
         if (given := getattr(prompt, key)) != (wanted := getattr(unused, key)):
             raise ConfigError(
-                f"adapter.prompt.{key} = {given!r} is for captions or texts, which a ViT has not; set "
-                f"it to {wanted!r}, and adapter.prompt.visual to the vectors among the patches"
+                f"adapter.prompt.{key} = {given!r} is for captions or texts, which a ViT has not; "
+                f"set it to {wanted!r}, and adapter.prompt.visual to the vectors among the patches"
             )
     if prompt.visual and prompt.visual_blocks > blocks:
         raise ConfigError(
