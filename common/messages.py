@@ -61,6 +61,7 @@ class Plan:
 class Outcome:
     """What a client says of its training: rows it holds, mean loss of its steps, seconds.
 
+    `startup` is the seconds before it trained: until code, model and rows were there.
     Where it asked at every step which positions of its prompt matter: how often it `asked` about
     each, and at how many of these shrinking helped (`chosen`). `reused` says that another run had
     trained this already; the seconds are those it took then.
@@ -73,6 +74,7 @@ class Outcome:
     asked: tuple[int, ...] = ()
     chosen: tuple[int, ...] = ()
     reused: bool = False
+    startup: float = 0.0
 
 
 def pack_instruction(plan: Plan, tensors: Tensors) -> RecordDict:
@@ -101,6 +103,7 @@ def pack_update(outcome: Outcome, tensors: Tensors) -> RecordDict:
             "loss": outcome.loss,
             "seconds": outcome.seconds,
             "reused": outcome.reused,
+            "startup": outcome.startup,
         }
     )
     if outcome.asked:
@@ -124,6 +127,7 @@ def unpack_update(content: RecordDict) -> tuple[Outcome, dict[str, torch.Tensor]
             asked=tuple(config.get("asked", ())),  # type: ignore[arg-type]
             chosen=tuple(config.get("chosen", ())),  # type: ignore[arg-type]
             reused=bool(config["reused"]),
+            startup=float(config["startup"]),  # type: ignore[arg-type]
         )
         tensors = _unpack(content.array_records[_TENSORS])
     except (KeyError, TypeError, ValueError) as error:
