@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
+import psutil
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -82,6 +83,7 @@ def train(message: Message, context: Context) -> Message:
         rules=plan.rules,
         rank=rank_of(client.held),
     )
+    startup = client.seconds_so_far()
     answers = answers_of(model, rows, run, experiment) if plan.rules.probes else {}
     training = client.train(model, rows, run)
     end_state = harmed(experiment.harm, plan.client, start_state, training.state)
@@ -100,7 +102,8 @@ def train(message: Message, context: Context) -> Message:
     )
     # An update that diverged is refused by the server; nothing of it may stay here either.
     client.remember(own if _is_finite(own) else client.memory.own)
-    return Message(pack_update(training.outcome, {**tensors, **answers}), reply_to=message)
+    outcome = replace(training.outcome, startup=startup)
+    return Message(pack_update(outcome, {**tensors, **answers}), reply_to=message)
 
 
 @app.train("project")
@@ -143,6 +146,10 @@ class _Client:
     """
 
     def __init__(self, message: Message, context: Context) -> None:
+        self._began = time.time()
+        if _is_deployed(context):
+            # Every message has a process of its own, which has imported all this before.
+            self._began = psutil.Process().create_time()
         _refuse_other_code(context)
         self.plan, received = unpack_instruction(message.content)
         self.experiment = _experiment(self.plan.experiment)
@@ -160,6 +167,10 @@ class _Client:
         self.rank = self.experiment.adapter.rank_of(self.plan.client)
         self.scale = self.experiment.adapter.scale(self.rank)
         self.held = self._unpacked(received, self._model())
+
+    def seconds_so_far(self) -> float:
+        """Return the seconds since this exchange, or its process, began."""
+        return max(0.0, time.time() - self._began)
 
     def _model(self) -> Model:
         experiment = self.experiment
@@ -274,9 +285,13 @@ def _listed(counts: Tensors) -> dict[str, list[int]]:
     return {name: [int(n) for n in count] for name, count in counts.items()}
 
 
+def _is_deployed(context: Context) -> bool:
+    return bool(context.run_config.get("code"))
+
+
 def _refuse_other_code(context: Context) -> None:
-    if code := str(context.run_config.get("code", "")):
-        refuse_other_code(code, "this site")
+    if _is_deployed(context):
+        refuse_other_code(str(context.run_config["code"]), "this site")
 
 
 def _shard(experiment: Experiment, client: int) -> Shard:

@@ -62,6 +62,7 @@ class Plan:
 class Outcome:
     """What a client says of its training: rows it holds, mean loss of its steps, seconds.
 
+    `startup` is the seconds before it trained: until code, model and rows were there.
     Where it asked at every step which positions of its prompts matter, by prompt: how often it
     `asked` about each, and at how many of these shrinking helped (`chosen`). `reused` says that
     another run had trained this already; the seconds are those it took then.
@@ -74,6 +75,7 @@ class Outcome:
     asked: Mapping[str, list[int]] = field(default_factory=dict)
     chosen: Mapping[str, list[int]] = field(default_factory=dict)
     reused: bool = False
+    startup: float = 0.0
 
 
 def pack_instruction(plan: Plan, tensors: Tensors) -> RecordDict:
@@ -102,6 +104,7 @@ def pack_update(outcome: Outcome, tensors: Tensors) -> RecordDict:
             "loss": outcome.loss,
             "seconds": outcome.seconds,
             "reused": outcome.reused,
+            "startup": outcome.startup,
         }
     )
     for what, counts in ((_ASKED, outcome.asked), (_CHOSEN, outcome.chosen)):
@@ -126,6 +129,7 @@ def unpack_update(content: RecordDict) -> tuple[Outcome, dict[str, torch.Tensor]
             asked=_counts(config, _ASKED),
             chosen=_counts(config, _CHOSEN),
             reused=bool(config["reused"]),
+            startup=float(config["startup"]),  # type: ignore[arg-type]
         )
         tensors = _unpack(content.array_records[_TENSORS])
     except (KeyError, TypeError, ValueError) as error:

@@ -299,6 +299,7 @@ class FedcopraStrategy(FlowerStrategyBase):
             "clients": clients,
             "merge": diagnostics,
             "seconds": {
+                "startup": sum(client["startup"] or 0.0 for client in clients),
                 "training": sum(client["seconds"] or 0.0 for client in clients),
                 "waiting": replied - self._round.pushed,
                 "merge": time.perf_counter() - replied,
@@ -542,6 +543,7 @@ class FedcopraStrategy(FlowerStrategyBase):
             "reason": None,
             "num_examples": None,
             "loss": None,
+            "startup": None,
             "seconds": None,
             "reused": False,
             "weight": 0.0,
@@ -563,6 +565,7 @@ class FedcopraStrategy(FlowerStrategyBase):
         return status | {
             "num_examples": outcome.num_examples,
             "loss": outcome.loss if math.isfinite(outcome.loss) else None,
+            "startup": outcome.startup,
             "seconds": outcome.seconds,
             "reused": outcome.reused,
             **({"asked": outcome.asked, "chosen": outcome.chosen} if outcome.asked else {}),

@@ -1,14 +1,16 @@
 """A deployment of processes on this machine: SuperLink and SuperNodes over TLS, with keys."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from server.deployment.certificates import make_certificates, site_keys
 from server.deployment.flower_cli import Superlink
@@ -34,6 +36,15 @@ def wait_for(address: str, patience: float = 90.0) -> None:
                 return
         time.sleep(0.1)
     raise TimeoutError(f"nothing answers at {address}")
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and all that it has started: Flower starts some in sessions of their own."""
+    try:
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 @dataclass
@@ -77,49 +88,63 @@ class Deployment:
         register(self.superlink, self.keys / "registered")
 
     def start_node(
-        self, site: str, partition: int, *, key: Path | None = None, ca: Path | None = None
+        self,
+        site: str,
+        partition: int,
+        *,
+        key: Path | None = None,
+        ca: Path | None = None,
+        has_key: bool = True,
+        superlink: str = "",
+        environment: Mapping[str, str] | None = None,
     ) -> "subprocess.Popen[bytes]":
-        """Start a SuperNode with the site's key, or with another key or CA."""
+        """Start a SuperNode with the site's key, with another key or CA, or with none."""
+        shown = str(key or site_keys(self.keys, site).private)
         return self._start(
             site,
             "flower-supernode",
             *("--root-certificates", str(ca or self.keys / "ca.crt")),
-            *("--superlink", self.superlink.address),
+            *("--superlink", superlink or self.superlink.address),
             *("--host", "127.0.0.1", "--port", str(free_port())),
             *("--node-config", f"partition-id={partition}"),
-            *("--auth-supernode-private-key", str(key or site_keys(self.keys, site).private)),
+            *(("--auth-supernode-private-key", shown) if has_key else ()),
+            environment=environment or {},
         )
 
+    def terminate(self, name: str, patience: float = 60.0) -> None:
+        """Ask one process to end, as an administrator does."""
+        self.running[name].terminate()
+        self.running[name].wait(timeout=patience)
+
+    def kill(self, name: str) -> None:
+        """Let a process and all that it has started die at once, as in a power cut."""
+        for process in family(self.running[name].pid):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.running[name].wait(timeout=60)
+
     def log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        file = self.folder / f"{name}.log"
+        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
     def stop(self) -> None:
         """End all processes and theirs, sites first."""
         for name in sorted(self.running, key=lambda name: name == "superlink"):
-            process = self.running[name]
-            try:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(timeout=20)
-            except ProcessLookupError:
-                continue
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                self._kill_group(process.pid)
+            children = family(self.running[name].pid)
+            with suppress(subprocess.TimeoutExpired):
+                self.terminate(name, patience=20)
+            for process in children:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
-    @staticmethod
-    def _kill_group(group: int) -> None:
-        try:
-            os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-
-    def _start(self, name: str, command: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    def _start(
+        self, name: str, command: str, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[bytes]":
         log = (self.folder / f"{name}.log").open("ab")
         self.running[name] = subprocess.Popen(
             [str(Path(sys.executable).with_name(command)), *arguments],
             cwd=self.folder,
-            env=self._environment(name),
+            env={**self._environment(name), **(environment or {})},
             stdout=log,
             stderr=log,
             start_new_session=True,

@@ -483,12 +483,16 @@ SERVER_PARTS = {
     "evaluation": ("evaluation", SERIES[1], 1.0),
     "merge": ("merge", SERIES[3], 1.0),
 }
-TRAINING = ("training, summed over clients", SERIES[0], 1.0)
+# Of clients, top: summed, though they may run at the same time.
+CLIENT_PARTS = {
+    "training": ("training, summed over clients", SERIES[0], 1.0),
+    "startup": ("start-up, summed over clients", SERIES[2], 1.0),
+}
 
 
 def seconds_by_part(groups: Groups) -> Panel:
     """Draw mean seconds a round: training on the clients, and what the server spent its time on."""
-    parts = ("training", *SERVER_PARTS, "wall")
+    parts = (*CLIENT_PARTS, *SERVER_PARTS, "wall")
     seconds = {
         label: {part: _mean_seconds(members, part) for part in parts}
         for label, members in groups.items()
@@ -499,7 +503,10 @@ def seconds_by_part(groups: Groups) -> Panel:
         for row, (label, spent) in enumerate(seconds.items()):
             name = axes.text(0, row - 0.34, shortened(label, 46), va="bottom", ha="left")
             name.set_in_layout(False)
-            axes.barh(row - 0.16, spent["training"], 0.26, color=TRAINING[1])
+            left = 0.0
+            for part, (_, ink, _) in CLIENT_PARTS.items():
+                axes.barh(row - 0.16, spent[part], 0.26, left=left, color=ink)
+                left += spent[part]
             left = 0.0
             for part, (_, ink, share) in SERVER_PARTS.items():
                 # A faint colour lies on the card, not on the grid.
@@ -513,12 +520,13 @@ def seconds_by_part(groups: Groups) -> Panel:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set(xlabel="seconds a round")
 
-    legend = [TRAINING, *SERVER_PARTS.values()]
+    legend = [*CLIENT_PARTS.values(), *SERVER_PARTS.values()]
     return Panel(
         name="seconds-by-part",
         heading="Where does the time of a round go?",
-        shows="Mean seconds a round, two bars each. Above: local training, summed over clients, "
-        "which may run at the same time. Below: the server's clock, which mostly waits for them.",
+        shows="Mean seconds a round, two bars each. Above: local training and what clients need to "
+        "start, summed over clients, which may run at the same time. Below: the server's clock, "
+        "which mostly waits for them.",
         conclusion=time_spent(seconds, _share_reused(groups)) if seconds else "No round was run.",
         drawing=draw(
             "seconds-by-part",
@@ -529,7 +537,7 @@ def seconds_by_part(groups: Groups) -> Panel:
         if seconds
         else "",
         legend=[Key(name, square(ink, share)) for name, ink, share in legend],
-        columns=("Method", "Training", "Waiting", "Evaluation", "Merge", "Round, wall"),
+        columns=("Method", "Training", "Start-up", "Waiting", "Evaluation", "Merge", "Round, wall"),
         numbers=[
             [label, *(duration(spent[part]) for part in parts)] for label, spent in seconds.items()
         ],
