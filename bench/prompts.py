@@ -7,6 +7,9 @@ On a CLIP of ViT-B/16's sizes with random weights, 10 classes, 16 shared vectors
 - Norms: CPU seconds of a step with PUN, and with PAN probing one position, over those of a step
   without either, in turn. Labels are random, so that no batch is all right: a step that has nothing
   to gain is not probed at all.
+- Gaps: CPU seconds from 13 prompts (100, 768) to 1,000 pictures' 196 patches each, in 200 batches,
+  over those of one prompt, whose distances within patches the others share; and the standard error
+  that this leaves.
 """
 
 import json
@@ -23,6 +26,7 @@ from clients.training import LocalRun, train_locally
 from common.backbones import Preprocessor
 from common.config import Copra, Nemesis, Prompt, Train
 from common.features import Features
+from common.modality_gap import modality_gaps
 from common.prompted_clip import Clip, PromptedClip
 from common.seeds import torch_generator
 from server.environment import prepare_environment
@@ -41,6 +45,7 @@ def main() -> None:
     model = PromptedClip(_random_clip(), Prompt(length=16))
     print(json.dumps(features_once(model)), flush=True)
     print(json.dumps(norm_terms(model)), flush=True)
+    print(json.dumps(modality_gap()), flush=True)
 
 
 def features_once(model: PromptedClip) -> dict[str, Any]:
@@ -83,6 +88,26 @@ def norm_terms(model: PromptedClip, repeats: int = 32) -> dict[str, Any]:
         for kind in ("pun", "pan")
     }
     return {"norms": "over a step without", **ratios, "seconds_a_step": statistics.median(plain)}
+
+
+def modality_gap(prompts: int = 13, pictures: int = 1000) -> dict[str, Any]:
+    """Measure the gap of one prompt and of several, whose norms range as the published ones do."""
+    stream = torch_generator(0, "gaps")
+    patches = torch.randn(pictures * 196, 768, generator=stream)
+    norms = torch.logspace(0, 1.5, prompts) / 768**0.5
+    drawn = {f"s{i}": n * torch.randn(100, 768, generator=stream) for i, n in enumerate(norms)}
+    seconds, found = {}, {}
+    for name, some in (("one", {"s0": drawn["s0"]}), ("all", drawn)):
+        began = time.process_time()
+        found = modality_gaps(some, patches, torch_generator(0, "batches"))
+        seconds[name] = time.process_time() - began
+    return {
+        "gaps": f"{prompts} prompts over one",
+        "ratio": seconds["all"] / seconds["one"],
+        "seconds": seconds["all"],
+        "largest_standard_error": max(gap.standard_error or 0.0 for gap in found.values()),
+        "largest_gap": max(gap.value for gap in found.values()),
+    }
 
 
 def _epoch(

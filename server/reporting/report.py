@@ -291,8 +291,10 @@ def _vectors(adapter: Mapping[str, Any], kind: str) -> str:
         said.append(f"{prompt['visual']} a picture in {blocks}")
     transfer = adapter.get("transfer", {"kind": "none"})
     if transfer["kind"] != "none":
-        names = [Path(source).stem for source in transfer["sources"]]
-        said.append(f"{transfer['kind']} transfer of {spoken(names)}")
+        names = spoken([Path(source).stem for source in transfer["sources"]])
+        if (control := transfer.get("control", "none")) != "none":
+            names = f"{control} vectors in place of {names}"
+        said.append(f"{transfer['kind']} transfer of {names}")
     return spoken(said) if said else "linear head alone"
 
 
