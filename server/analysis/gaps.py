@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from common.backbones import load_preprocessor
 from common.config import Adapter, Experiment, Prompt
 from common.control_prompts import norm_matched
 from common.errors import ConfigError
@@ -173,6 +174,12 @@ def vit_of(experiment: Experiment) -> PromptedVit:
         raise ConfigError(
             f"task {experiment.task.label!r} is of kind {kind!r}: prompts of a bank are "
             "transferred to pictures"
+        )
+    family = load_preprocessor(experiment.backbone, kind).model_config.model_type
+    if family != "vit":
+        raise ConfigError(
+            f"backbone {experiment.backbone.label!r} is of the family {family!r}: prompts of a "
+            "bank are transferred to a ViT"
         )
     model = load_model(experiment.backbone, kind, plain, experiment.train.device)
     assert isinstance(model, PromptedVit)
