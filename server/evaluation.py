@@ -54,12 +54,6 @@ class Evaluator:
         )
         shifts = load_shifts(experiment.task)
         self._check_answers(shifts)
-        nemesis = experiment.nemesis.kind
-        if nemesis in ("pan", "blend") and not isinstance(self.model, PromptedClip):
-            raise ConfigError(
-                f"nemesis.kind = {nemesis!r} asks about positions of a CLIP's captions; "
-                f"{experiment.backbone.label!r} has none, and 'pun' needs none"
-            )
         self._precision = experiment.train.precision
         self._held_out = [
             self._rows(task, held_out(task, experiment.task.evaluate_on)) for task in self.tasks
@@ -69,6 +63,19 @@ class Evaluator:
         ]
         self._probe_rows: dict[tuple[int, str], list[_Rows]] = {}
         self._scored: OrderedDict[tuple[str, int, str], tuple[Tensor, Tensor]] = OrderedDict()
+
+    def check(self, experiment: Experiment) -> None:
+        """Refuse what this model cannot do; one evaluator serves experiments that ask for more.
+
+        Raises:
+            ConfigError: the clients' loss asks about captions, and there are none.
+        """
+        nemesis = experiment.nemesis.kind
+        if nemesis in ("pan", "blend") and not isinstance(self.model, PromptedClip):
+            raise ConfigError(
+                f"nemesis.kind = {nemesis!r} asks about positions of a CLIP's captions; "
+                f"{experiment.backbone.label!r} has none, and 'pun' needs none"
+            )
 
     def _check_answers(self, shifts: Sequence[LabelledTask]) -> None:
         """Refuse tasks that the model has no answers for: training gives it no head of theirs."""

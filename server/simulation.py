@@ -100,6 +100,7 @@ def _evaluators(experiments: Sequence[Experiment]) -> list[Evaluator]:
         key = _evaluation_key(experiment)
         if key not in made:
             made[key] = Evaluator(experiment)
+        made[key].check(experiment)
     return [made[_evaluation_key(experiment)] for experiment in experiments]
 
 

@@ -116,6 +116,10 @@ def test_what_cannot_be_measured_is_refused(client: Callable[..., Experiment]) -
         Measuring(5, "energy")
     with pytest.raises(ConfigError, match="--batches -1"):
         Measuring(-1)
+    with pytest.raises(ConfigError, match="'glyph-clip' is of the family 'clip'"):
+        vit_of(client(backbone__name="glyph-clip"))
+    with pytest.raises(ConfigError, match="'docstrings' is of kind 'text'"):
+        vit_of(client(task__name="docstrings"))
 
 
 def test_the_command_writes_and_refuses(

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from common.backbones import load_preprocessor
 from common.config import Adapter, Experiment, Prompt
 from common.control_prompts import norm_matched
 from common.errors import ConfigError
@@ -44,8 +45,8 @@ METHOD = (
     "unbiased estimator at one width, the median distance of the client's own patches. error: "
     "standard error over batches drawn from these very pictures; what other pictures would give is "
     "not in it. Where a prompt has not the width of the patches it is mapped by what a projection "
-    "starts as; gap and error are then the mean and its standard error over so many random maps, "
-    "the same maps for all prompts. random: the same of random directions with the prompt's own "
+    "starts as; gap and error are then the mean and its standard error over five random maps, "
+    "the same for all prompts. random: the same of random directions with the prompt's own "
     "norms, vector by vector: as far as the two agree, the gap knows of norms alone. prior: "
     "-z(gap) + z(log rows), z over the prompts of the bank; without the rows of all of them it is "
     "-z(gap). A rank by gap is a guess before training, and no measure of what transfer will give."
@@ -173,6 +174,12 @@ def vit_of(experiment: Experiment) -> PromptedVit:
         raise ConfigError(
             f"task {experiment.task.label!r} is of kind {kind!r}: prompts of a bank are "
             "transferred to pictures"
+        )
+    family = load_preprocessor(experiment.backbone, kind).model_config.model_type
+    if family != "vit":
+        raise ConfigError(
+            f"backbone {experiment.backbone.label!r} is of the family {family!r}: prompts of a "
+            "bank are transferred to a ViT"
         )
     model = load_model(experiment.backbone, kind, plain, experiment.train.device)
     assert isinstance(model, PromptedVit)

@@ -25,7 +25,7 @@ PROBED_CONTROLS = ("unrelated", "norm-matched")
 
 METHOD = (
     "Every probe trains this client alone, from the seed of the final run, and is scored on "
-    "validation rows, of which none is trained on. Of the transfers the better half, by accuracy "
+    "validation rows, which no probe is trained on. Of the transfers the better half, by accuracy "
     "and then by loss, goes on to the next length; plain tuning and the controls always do. The "
     "decision is the paired difference, row by row, between the best transfer and the best plain "
     "tuning of the last length: more than one standard error above zero takes the transfer. One "
@@ -235,6 +235,7 @@ def probe_plan(
             "federation.rounds": rounds,
             "federation.evaluate_every": rounds,
             "task.evaluate_on": "validation",
+            "task.include_validation": False,
         }
         return PlannedRun(candidate.label, load_experiment(file, settings), cell)
 
