@@ -143,4 +143,22 @@ def shortest_first(features: Features) -> Features:
     return features.select(order)
 
 
+def as_tensors(features: Features) -> dict[str, Tensor]:
+    """Return preprocessed rows as named tensors, to be stored; see `from_tensors`."""
+    inputs = {_INPUT + name: tensor for name, tensor in features.inputs.items()}
+    others = {"labels": features.labels, "mean": features.mean, "std": features.std}
+    return inputs | {name: tensor for name, tensor in others.items() if tensor is not None}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Features:
+    """Return the rows that `as_tensors` has named."""
+    inputs = {
+        name.removeprefix(_INPUT): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_INPUT)
+    }
+    return Features(inputs, tensors["labels"], tensors.get("mean"), tensors.get("std"))
+
+
+_INPUT = "input."
 _EXTRACTORS = {"text": _text_features, "image": _image_features}

@@ -1,15 +1,38 @@
-"""Rows of a task as a model takes them, made once a process and only when they are asked for."""
+"""Rows of a task as a model takes them, made once a process and only when they are asked for.
+
+Training rows are made once for all processes that share a cache (`common.kept_tensors`).
+"""
 
 import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from common.backbones import load_preprocessor
+from common.backbones import Preprocessor, load_preprocessor
 from common.config import Adapter, Backbone, Task
-from common.features import Features, extract_features, shortest_first
+from common.features import (
+    Features,
+    as_tensors,
+    extract_features,
+    from_tensors,
+    shortest_first,
+)
+from common.kept_tensors import kept_or_made
 from common.models import Model, load_model
-from common.tasks import SERVER, LabelledTask, held_out, load_tasks
+from common.tasks import (
+    SERVER,
+    ImageInput,
+    LabelledTask,
+    Split,
+    TextInput,
+    ZippedPicture,
+    held_out,
+    load_tasks,
+)
 
 
 class TrainingRows:
@@ -64,7 +87,34 @@ def load_held_out_rows(
 @functools.lru_cache(maxsize=8)
 def _plain(task: Task, member: str, backbone: Backbone, site: str) -> Features:
     labelled = _member(task, member, site)
-    return extract_features(load_preprocessor(backbone, labelled.kind), labelled.train)
+    preprocessor = load_preprocessor(backbone, labelled.kind)
+
+    def extract() -> Mapping[str, Tensor]:
+        return as_tensors(extract_features(preprocessor, labelled.train))
+
+    return from_tensors(kept_or_made(_decided_by(labelled.train, preprocessor, backbone), extract))
+
+
+def _decided_by(split: Split, preprocessor: Preprocessor, backbone: Backbone) -> Iterator[bytes]:
+    """Yield all that features depend on: rows, and the files that say how they are preprocessed."""
+    yield b"features"
+    yield backbone.model_dump_json().encode()
+    for file in sorted(Path(preprocessor.location).glob("*")):
+        if file.suffix in (".json", ".txt"):
+            yield file.name.encode() + file.read_bytes()
+    yield split.labels.tobytes()
+    yield from map(_identity, split.inputs)
+
+
+def _identity(row: TextInput | ImageInput) -> bytes:
+    if isinstance(row, Path):
+        found = row.stat()
+        return f"{row.absolute()}|{found.st_size}|{found.st_mtime_ns}".encode()
+    if isinstance(row, ZippedPicture):
+        return row.content
+    if isinstance(row, Image.Image):
+        return f"{row.mode}|{row.size}|".encode() + row.tobytes()
+    return json.dumps(row).encode()
 
 
 def _member(task: Task, name: str, site: str = SERVER) -> LabelledTask:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from common.config import Partition, Task
 from common.errors import DataError
+from common.kept_tensors import kept_or_made
 from common.seeds import child_seed, numpy_generator
 from common.tasks import SERVER, LabelledTask, load_tasks
 
@@ -100,7 +102,7 @@ def deal_shards(task: Task, partition: Partition, seed: int) -> tuple[Shard, ...
             )
         kept = _few_shots(member, partition.shots, seed)
         labels = member.train.labels[kept]
-        dealt = _deal(labels, partition, each, child_seed(seed, "shards", index))
+        dealt = _kept_deal(labels, partition, each, child_seed(seed, "shards", index))
         for turn, positions in enumerate(dealt):
             rows = kept[positions]
             client = turn * len(tasks) + index
@@ -129,6 +131,24 @@ def _few_shots(task: LabelledTask, shots: int, seed: int) -> Rows:
         stream = numpy_generator(seed, "shots", task.name, label)
         chosen.append(stream.permutation(rows)[:shots])
     return np.sort(np.concatenate(chosen))
+
+
+def _kept_deal(labels: Rows, partition: Partition, clients: int, seed: int) -> list[Rows]:
+    """Deal, or take the deal of another process: the partitioners' library is slow to import."""
+    decided_by: list[str | bytes] = [
+        "deal",
+        labels.tobytes(),
+        partition.model_dump_json(),
+        str(clients),
+        str(seed),
+    ]
+
+    def deal() -> dict[str, torch.Tensor]:
+        parts = _deal(labels, partition, clients, seed)
+        return {str(client): torch.from_numpy(rows) for client, rows in enumerate(parts)}
+
+    kept = kept_or_made(decided_by, deal)
+    return [kept[str(client)].numpy() for client in range(clients)]
 
 
 def _deal(labels: Rows, partition: Partition, clients: int, seed: int) -> list[Rows]:

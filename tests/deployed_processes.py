@@ -160,4 +160,5 @@ class Deployment:
             "PYTHONPATH": str(ROOT),
             "FLWR_HOME": str(self.folder / "flower" / name),
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+            "FEDCOPRA_CACHE": str(self.folder / "cache"),
         }

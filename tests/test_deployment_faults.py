@@ -20,7 +20,7 @@ from server.simulation import simulate
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 400.0
+PATIENCE = 1200.0
 
 
 def digits(rounds: int) -> Experiment:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from common.errors import FedcopraError
 
@@ -36,8 +36,25 @@ class Superlink:
     ca: Path | None
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    output: str
+    error: str
+
+    @property
+    def in_short(self) -> str:
+        """Return the end of what it printed, on one line."""
+        return " ".join((self.output + " " + self.error).split())[-400:] or f"exit {self.code}"
+
+
 class FlowerCli:
-    """Flower's command line, with a home of its own: exit codes say little, JSON says more."""
+    """Flower's command line, with a home of its own: exit codes say little, JSON says more.
+
+    To be used in a `with` statement, at whose end its process ends.
+    """
 
     connection = "deployed"
 
@@ -50,6 +67,23 @@ class FlowerCli:
         else:
             lines.append(f"root-certificates = {json.dumps(str(superlink.ca))}")
         (self._home / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "server.deployment.flower_process"],
+            env={**os.environ, "FLWR_HOME": str(self._home)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
 
     def submit(self, bundle: Path) -> int:
         """Return the id of the new run."""
@@ -67,7 +101,7 @@ class FlowerCli:
 
     def log(self, run: int) -> list[str]:
         """Return the lines that the ServerApp has logged so far."""
-        return self.call("log", str(run), self.connection, "--show").stdout.splitlines()
+        return self.call("log", str(run), self.connection, "--show").output.splitlines()
 
     def last_words(self, run: int) -> str:
         """Return the line of the log that names the error, or the last one."""
@@ -78,24 +112,24 @@ class FlowerCli:
     def _ask(self, command: str, *arguments: str) -> Mapping[str, Any]:
         done = self.call(command, *arguments, "--format", "json")
         try:
-            answer: Mapping[str, Any] = json.loads(done.stdout)
+            answer: Mapping[str, Any] = json.loads(done.output)
         except json.JSONDecodeError:
-            raise failure(f"flwr {command}: {_said(done)}") from None
+            raise failure(f"flwr {command}: {done.in_short}") from None
         if not answer.get("success"):
-            why = str(answer.get("error-message") or _said(done))
+            why = str(answer.get("error-message") or done.in_short)
             raise failure(f"flwr {command}: {' '.join(why.split())}")
         return answer
 
-    def call(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    def call(self, *arguments: str) -> Said:
         """Run `flwr` with these arguments."""
-        return subprocess.run(
-            [str(Path(sys.executable).with_name("flwr")), *arguments],
-            env={**os.environ, "FLWR_HOME": str(self._home)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-
-def _said(done: "subprocess.CompletedProcess[str]") -> str:
-    return " ".join((done.stdout + " " + done.stderr).split())[-400:] or f"exit {done.returncode}"
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(arguments) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise FedcopraError("Flower's command line does not start; try: flwr --help") from None
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise FedcopraError(f"flwr {arguments[0]} ended without an answer")
+        return Said(*json.loads(answer))

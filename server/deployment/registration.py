@@ -21,17 +21,15 @@ def register(superlink: Superlink, keys: Path) -> dict[str, str]:
         UnreachableError: the SuperLink does not answer.
         FedcopraError: the SuperLink refuses a key for another reason than that it knows it.
     """
-    with TemporaryDirectory() as scratch:
-        flower = FlowerCli(superlink, Path(scratch))
+    with TemporaryDirectory() as scratch, FlowerCli(superlink, Path(scratch)) as flower:
         return {file.stem: _register(flower, file) for file in sorted(keys.glob("*.pub"))}
 
 
 def _register(flower: FlowerCli, key: Path) -> str:
     done = flower.call("supernode", "register", str(key), flower.connection, "--name", key.stem)
-    said = done.stdout + done.stderr
-    if done.returncode and _KNOWN_ALREADY not in said:
-        raise failure(f"site {key.stem} was not registered: {' '.join(said.split())[-300:]}")
-    return "known" if done.returncode else "registered"
+    if done.code and _KNOWN_ALREADY not in done.output + done.error:
+        raise failure(f"site {key.stem} was not registered: {done.in_short}")
+    return "known" if done.code else "registered"
 
 
 def main() -> None:

@@ -88,8 +88,7 @@ def run_on_deployment(
     Raises:
         FedcopraError: the run was refused, failed, was stopped, or left nothing in `results`.
     """
-    with TemporaryDirectory() as scratch:
-        flower = FlowerCli(superlink, Path(scratch))
+    with TemporaryDirectory() as scratch, FlowerCli(superlink, Path(scratch)) as flower:
         bundle = Path(scratch) / "fedcopra-run"
         bundle.mkdir()
         write_bundle(experiment, bundle)
@@ -118,11 +117,9 @@ def _follow(flower: FlowerCli, run: int, say: Callable[[str], None]) -> str:
     Raises:
         UnreachableError: the SuperLink has not answered for minutes.
     """
-    status, told, answered, asking = "", 0, time.monotonic(), 0.0
+    status, told, answered = "", 0, time.monotonic()
     while not status.startswith("finished"):
-        # Asking starts a process: on a busy machine that takes seconds, so do not ask all the time.
-        time.sleep(max(_POLL_SECONDS, asking))
-        began = time.monotonic()
+        time.sleep(_POLL_SECONDS)
         try:
             found = flower.status(run)
             lines = flower.log(run)
@@ -132,7 +129,6 @@ def _follow(flower: FlowerCli, run: int, say: Callable[[str], None]) -> str:
             found, lines = "the SuperLink does not answer", []
         else:
             answered = time.monotonic()
-        asking = time.monotonic() - began
         if found != status:
             say(found)
         status = found
