@@ -4,7 +4,8 @@
   those of plain LoRA at equal steps, in turn, on a random encoder of 12 blocks of width 384; with
   adapters on query and value, and on every linear layer.
 - Probe: the server's merge as a share of a round's wall time, ten clients, with suspects screened
-  by slopes, with every client left out once, and without a probe.
+  by slopes, with every client left out once, and without a probe; and with longer local training,
+  of which the probe's cost knows nothing.
 - Algebra: seconds of one merge of 50 clients' updates, 24 matrices of 768x768 at rank 8, without a
   probe; beside one dense sum of the same updates.
 """
@@ -133,6 +134,7 @@ def probe_share() -> dict[str, Any]:
         "slopes": {"strategy.copra-merge.screening": "gradient"},
         "everyone": {"strategy.copra-merge.screening": "none"},
         "none": {"strategy.copra-merge.probe": "none"},
+        "slopes, 50 local steps in place of 20": {"train.local_steps": 50},
     }.items():
         overrides = {"federation.rounds": 4, "federation.evaluate_every": 4, **options}
         experiment = load_experiment(Path("experiments/digits.toml"), overrides)
