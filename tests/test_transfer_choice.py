@@ -181,7 +181,7 @@ def test_probes_choose_on_validation_rows_and_records_say_so(
     chosen = {told["chosen"] for told in found["clients"]}
     assert all(any(record["label"].startswith(label) for record in final) for label in chosen)
     assert found["sentences"][0] in " ".join(capsys.readouterr().err.split())
-    assert "Client 1: 1 rounds" in (out / "selection.html").read_text(encoding="utf-8")
+    assert "Client 1: 1 round," in (out / "selection.html").read_text(encoding="utf-8")
 
 
 def test_a_kind_that_is_given_is_not_probed(bank: Path, brief: list[str], tmp_path: Path) -> None:

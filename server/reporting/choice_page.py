@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from server.reporting.tables import Block, cells, write_tables
-from server.reporting.wording import duration
+from server.reporting.wording import count_of, duration
 
 COLUMNS = ("probe", "what it is", "accuracy", "loss", "training")
 
@@ -30,7 +30,9 @@ def write_choice_page(file: Path, title: str, found: Mapping[str, Any]) -> None:
     blocks: list[Block] = [Block("", found["sentences"])]
     for told in found["clients"]:
         for rung in told["rungs"]:
-            heading = f"Client {told['client']}: {rung['rounds']} rounds, validation rows"
+            heading = (
+                f"Client {told['client']}: {count_of(rung['rounds'], 'round')}, validation rows"
+            )
             blocks.append(Block(heading, [], COLUMNS, _plain(probe_rows(rung))))
     blocks.append(Block("Method", [found["method"]]))
     write_tables(file, title, blocks)
