@@ -3,11 +3,14 @@
 import ast
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from deployed_processes import SITES, Deployment
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from common.config import Experiment, load_experiment
 from common.errors import ConfigError, FedcopraError
@@ -19,16 +22,23 @@ from server.simulation import simulate
 ROOT = Path(__file__).parent.parent
 
 
+SHORT = {
+    "partition.clients": 2,
+    "federation.rounds": 2,
+    "federation.workers": 0,
+    "train.local_steps": 3,
+}
+
+
 def short_digits() -> Experiment:
-    return load_experiment(
-        ROOT / "experiments" / "digits.toml",
-        {
-            "partition.clients": 2,
-            "federation.rounds": 2,
-            "federation.workers": 0,
-            "train.local_steps": 3,
-        },
-    )
+    return load_experiment(ROOT / "experiments" / "digits.toml", SHORT)
+
+
+def start_nodes(deployment: Deployment) -> None:
+    """Start the nodes that no test before has started."""
+    for partition, site in enumerate(SITES):
+        if site not in deployment.running:
+            deployment.start_node(site, partition)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +56,7 @@ def test_two_sites_over_tls_give_the_digest_of_the_simulation(
     deployment: Deployment, tmp_path: Path
 ) -> None:
     experiment = short_digits()
-    for partition, site in enumerate(SITES):
-        deployment.start_node(site, partition)
+    start_nodes(deployment)
     said: list[str] = []
     out = tmp_path / "run"
     run_on_deployment(experiment, deployment.superlink, deployment.results, out, said.append)
@@ -58,6 +67,45 @@ def test_two_sites_over_tls_give_the_digest_of_the_simulation(
     assert {file.name for file in out.iterdir()} >= {"report.html", "served.safetensors"}
     assert sum(line.startswith("round ") for line in said) == 2
     assert said[-1] == "finished:completed" or "finished:completed" in said
+
+
+@pytest.mark.slow
+def test_sites_that_train_on_folders_of_their_own_give_the_digest_of_the_simulation(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    draw_digits(deployment.folder / "data", {"0/train": 60, "1/train": 40, "server/test": 100})
+
+    def at(path: str) -> Experiment:
+        sites = {
+            "task.path": path,
+            "task.labels": list("0123456789"),
+            "task.probe_examples": 0,
+            "partition.kind": "sites",
+            "strategy": {"name": "fedavg"},
+        }
+        return load_experiment(ROOT / "experiments" / "digits.toml", {**SHORT, **sites})
+
+    start_nodes(deployment)
+    out = tmp_path / "run"
+    deployed = at("data/{site}")  # below the folder in which each part of the deployment runs
+    run_on_deployment(deployed, deployment.superlink, deployment.results, out, lambda _: None)
+    record = json.loads((out / "record.json").read_text(encoding="utf-8"))
+    [simulated] = simulate([at(f"{deployment.folder}/data/{{site}}")], lambda *_: None)
+    assert record["digest"] == simulated.outcomes.digest
+    assert [client["num_examples"] for client in record["rounds"][-1]["clients"]] == [60, 40]
+    assert record["task"]["sizes"]["test"] == 100
+
+
+def draw_digits(folder: Path, counts: Mapping[str, int]) -> None:
+    """Write scikit-learn's digits as pictures, so many to each split."""
+    digits = load_digits()
+    rows = iter(zip(digits.images, digits.target, strict=True))
+    for split, count in counts.items():
+        for number, (pixels, label) in enumerate(islice(rows, count)):
+            place = folder / split / str(label)
+            place.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray((pixels * 15).astype("uint8")).resize((28, 28))
+            picture.save(place / f"{number}.png")
 
 
 @pytest.mark.parametrize("stranger", ["a key that nobody registered", "another CA", "no key"])
