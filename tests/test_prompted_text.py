@@ -21,7 +21,7 @@ from common.tasks import LabelledTask, Split
 from common.tensors import is_prompt
 from server.simulation import simulate
 from strategies.base import EVERYTHING
-from tests.conftest import save_random
+from conftest import save_random
 
 WIDTH = 16
 TEXTS = [("the film was good",), ("dull",), ("this book is not very good",), ("bad slow film",)]

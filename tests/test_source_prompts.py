@@ -22,7 +22,7 @@ from server.cli import app
 from server.record import build_record, write_run
 from server.reporting.bank_page import prompt_rows, remarks
 from server.simulation import simulate
-from tests.conftest import WORDS
+from conftest import WORDS
 
 
 def stored(experiment: Experiment, folder: Path) -> StoredRun:
