@@ -96,12 +96,16 @@ class Deployment:
         ca: Path | None = None,
         has_key: bool = True,
         superlink: str = "",
+        name: str = "",
         environment: Mapping[str, str] | None = None,
     ) -> "subprocess.Popen[bytes]":
-        """Start a SuperNode with the site's key, with another key or CA, or with none."""
+        """Start a SuperNode with the site's key, with another key or CA, or with none.
+
+        `name` is what it runs as beside a node of the same site.
+        """
         shown = str(key or site_keys(self.keys, site).private)
         return self._start(
-            site,
+            name or site,
             "flower-supernode",
             *("--root-certificates", str(ca or self.keys / "ca.crt")),
             *("--superlink", superlink or self.superlink.address),
@@ -140,6 +144,7 @@ class Deployment:
     def _start(
         self, name: str, command: str, *arguments: str, environment: Mapping[str, str] | None = None
     ) -> "subprocess.Popen[bytes]":
+        assert name not in self.running or self.running[name].poll() is not None, f"{name} runs"
         log = (self.folder / f"{name}.log").open("ab")
         self.running[name] = subprocess.Popen(
             [str(Path(sys.executable).with_name(command)), *arguments],
