@@ -406,6 +406,9 @@ def low_norm(
     rotate: Annotated[
         str, typer.Option(help="Degrees that a vector is turned by, a control.")
     ] = "60,90",
+    whole: Annotated[
+        str, typer.Option(help="Factors on the whole prompt, beside 1.")
+    ] = "0.1,0.5,0.8,0.9,1.1,1.25,2",
     positions: Annotated[
         str,
         typer.Option(
@@ -422,7 +425,10 @@ def low_norm(
 
     Example: fedcopra low-norm runs/clip-digits-promptfl-seed0 --positions 0,3,0+3
     """
-    amounts = {"--replace": replace, "--rescale": rescale, "--raise": raising, "--rotate": rotate}
+    amounts = {
+        "--replace": replace, "--rescale": rescale, "--raise": raising,
+        "--rotate": rotate, "--whole": whole,
+    }
     numbers = [_numbers(option, text) for option, text in amounts.items()]
     groups = _groups("--positions", positions)
     from server.analysis.low_norm import Amounts, measure_low_norm, plan_low_norm

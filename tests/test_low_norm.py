@@ -299,6 +299,7 @@ def test_only_seeds_of_one_experiment_are_put_together(finished: Runs) -> None:
         (((), (), (0.9,), ()), r"--raise 0\.9: choose factors above 1"),
         (((), (), (math.inf,), ()), "--raise inf"),
         (((), (), (), (0.0,)), "--rotate 0: choose degrees above 0, up to 180"),
+        (((), (), (), (90.0,), (0.0,)), "--whole 0: choose factors above 0"),
         (((), (), (), ()), "no amount is given: name one with --replace, --rescale"),
     ],
 )
@@ -328,6 +329,8 @@ def test_positions_are_each_alone_unless_they_are_named(two_seeds: list[StoredRu
     plan = plan_low_norm(two_seeds, AMOUNTS)
     assert [c.positions for c in plan.corruptions[::6]] == [(0,), (1,), (2,), (3,)]
     assert plan.models == 2 * (1 + 6 * 4 + len(RESPONSE))
+    scaled = plan_low_norm(two_seeds, Amounts((), (), (), (90.0,), (1.5, 0.7)))
+    assert [by.amount for by in scaled.response] == [0.7, 1.0, 1.5]
     named = plan_low_norm(two_seeds, AMOUNTS, [(3,), (2, 0), (0, 2)])
     assert list(dict.fromkeys(c.positions for c in named.corruptions)) == [(3,), (0, 2)]
 

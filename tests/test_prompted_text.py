@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import save_random
 from torch import Tensor
 
 from clients.training import LocalRun, train_locally
@@ -21,7 +22,6 @@ from common.tasks import LabelledTask, Split
 from common.tensors import is_prompt
 from server.simulation import simulate
 from strategies.base import EVERYTHING
-from conftest import save_random
 
 WIDTH = 16
 TEXTS = [("the film was good",), ("dull",), ("this book is not very good",), ("bad slow film",)]

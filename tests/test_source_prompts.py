@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import WORDS
 
 from common.config import Experiment, build_experiment
 from common.errors import ConfigError, DataError
@@ -22,7 +23,6 @@ from server.cli import app
 from server.record import build_record, write_run
 from server.reporting.bank_page import prompt_rows, remarks
 from server.simulation import simulate
-from conftest import WORDS
 
 
 def stored(experiment: Experiment, folder: Path) -> StoredRun:

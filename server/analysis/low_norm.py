@@ -70,6 +70,7 @@ class Amounts:
         lowered: factors from 0 to below 1.
         raised: factors above 1, a control.
         turned: degrees, above 0 and to 180, a control.
+        whole: factors above 0 on all positions together; 1 is always among them.
 
     Raises:
         ConfigError: an amount is out of these bounds, naming the option, or there is none at all.
@@ -79,6 +80,7 @@ class Amounts:
     lowered: tuple[float, ...]
     raised: tuple[float, ...]
     turned: tuple[float, ...]
+    whole: tuple[float, ...] = RESPONSE
 
     def __post_init__(self) -> None:
         bounds: Sequence[tuple[str, tuple[float, ...], Callable[[float], bool], str]] = (
@@ -87,12 +89,17 @@ class Amounts:
             ("--raise", self.raised, lambda g: 1 < g < math.inf, "factors above 1"),
             ("--rotate", self.turned, lambda d: 0 < d <= 180, "degrees above 0, up to 180"),
         )
-        for option, amounts, allowed, choices in bounds:
+        everywhere = ("--whole", self.whole, lambda g: 0 < g < math.inf, "factors above 0")
+        for option, amounts, allowed, choices in (*bounds, everywhere):
             if bad := [amount for amount in amounts if not allowed(amount)]:
                 raise ConfigError(f"{option} {bad[0]:g}: choose {choices}")
         if not any(amounts for _, amounts, *_ in bounds):
             options = ", ".join(option for option, *_ in bounds)
             raise ConfigError(f"no amount is given: name one with {options}")
+
+    def on_all(self, positions: tuple[int, ...]) -> list[Corruption]:
+        """Return the rescalings of the whole prompt, that by 1 among them."""
+        return [Corruption("rescale", factor, positions) for factor in sorted({1.0, *self.whole})]
 
     def at(self, positions: tuple[int, ...]) -> list[Corruption]:
         """Return all corruptions of these positions together."""
@@ -158,8 +165,7 @@ def plan_low_norm(
         corruption for group in dict.fromkeys(chosen) for corruption in amounts.at(group)
     ]
     everywhere = tuple(range(positions))
-    response = [Corruption("rescale", factor, everywhere) for factor in RESPONSE]
-    return Plan(labels[0], runs, corruptions, response)
+    return Plan(labels[0], runs, corruptions, amounts.on_all(everywhere))
 
 
 def _check_has_context(run: StoredRun) -> None:
@@ -218,7 +224,7 @@ def measure_low_norm(
         cells.append(Cell(corruption, effects, _right(untouched), _right(hits), _rows(hits)))
         hits_by_cell.append(hits)
     response = [corrupted(corruption)[1] for corruption in plan.response]
-    whole = response[RESPONSE.index(1.0)]
+    whole = next(hits for by, hits in zip(plan.response, response, strict=True) if by.amount == 1.0)
     first = plan.runs[0].record
     return {
         "label": plan.label,
