@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	@echo "open $(DEMO)/report.html in a browser"
 
 test: lint
-	$(BIN)/pytest -n auto --maxprocesses 4
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow

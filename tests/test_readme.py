@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BRIEF = "--set federation.rounds=1 --set train.local_steps=2 --set federation.workers=0"
 BRIEFLY = {
     "simulate": BRIEF,
-    "compare": BRIEF,
+    "compare": f"{BRIEF} --seeds 0",
     "connectivity": "--examples 40 --points 3 --clients 3",
     "shapley": "--examples 40 --orders 4",
     "prune": "--examples 40",
@@ -99,7 +100,9 @@ def test_every_fedcopra_command_of_the_readme(fresh_clone: Path) -> None:
             continue  # needs data that are not here
         if "--on deployment" in command:
             continue  # needs running containers: tests/containers/run.py gives it
+        began = time.monotonic()
         run(f"{command} {BRIEFLY.get(command.split()[1], '')}", fresh_clone)
+        print(f"{time.monotonic() - began:5.1f} {command}")
     assert (fresh_clone / "both.html").is_file()
     assert (fresh_clone / "adapter" / "adapter_model.safetensors").is_file()
 
