@@ -130,6 +130,9 @@ def compare(
             help="Choose this setting for every strategy by itself, on validation rows.",
         ),
     ] = None,
+    tune_seeds: Annotated[
+        int, typer.Option(help="How many seeds of their own choose together.", min=1)
+    ] = 1,
     suite: Annotated[str, typer.Option(help="A standard grid: federated-lora.")] = "",
     only: Annotated[
         list[str] | None,
@@ -140,7 +143,7 @@ def compare(
     """Run several strategies on the same shards, seeds and start, and compare them.
 
     A --set with several values, as in --set copra.enabled=true,false, compares these too. --tune
-    tries every value for every strategy at a seed of its own, on validation rows, and takes the
+    tries every value for every strategy at seeds of their own, on validation rows, and takes the
     best one to the test rows. A comparison that was stopped goes on where it was when the same
     command is given again. A file may name what is compared: tables [subjects."label"], whose
     settings are laid over the others.
@@ -165,7 +168,7 @@ def compare(
     numbers = parse_seeds(seeds.split(","))
     runs = plan_runs(file, subjects, cells, numbers)
     places = tuning_cells(standard, cells) if standard else ONE_CELL
-    trials = plan_trials(file, subjects, places, grid) if grid else []
+    trials = plan_trials(file, subjects, places, grid, tune_seeds) if grid else []
     folder = out or Path("runs") / f"{file.stem}-{suite or 'comparison'}"
     refuse_existing(folder)  # before anything heavy is imported
     from server.study import write_comparison, write_suite
@@ -173,7 +176,8 @@ def compare(
     with _kept(folder), continued(folder) as unfinished:
         choices = []
         if trials:
-            choices = choose(trials, _simulate([trial.run for trial in trials], unfinished))
+            tried = [run for trial in trials for run in trial.runs]
+            choices = choose(trials, _simulate(tried, unfinished))
             runs = with_choices(file, subjects, cells, numbers, choices)
         records = _simulate(runs, unfinished)
         if standard:
@@ -426,8 +430,11 @@ def low_norm(
     Example: fedcopra low-norm runs/clip-digits-promptfl-seed0 --positions 0,3,0+3
     """
     amounts = {
-        "--replace": replace, "--rescale": rescale, "--raise": raising,
-        "--rotate": rotate, "--whole": whole,
+        "--replace": replace,
+        "--rescale": rescale,
+        "--raise": raising,
+        "--rotate": rotate,
+        "--whole": whole,
     }
     numbers = [_numbers(option, text) for option, text in amounts.items()]
     groups = _groups("--positions", positions)

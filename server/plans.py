@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from common.config import Experiment, load_experiment, parse_assignments, split_alternatives
@@ -245,11 +246,11 @@ ONE_CELL = (Cell("", {}),)
 
 @dataclass(frozen=True)
 class Trial:
-    """One run that helps to choose a setting for a subject in some cells."""
+    """A point of the grid for a subject in some cells: a run at every seed that chooses."""
 
     subject: Subject
     settings: Mapping[str, Any]
-    run: PlannedRun
+    runs: Sequence[PlannedRun]
 
 
 @dataclass(frozen=True)
@@ -267,8 +268,12 @@ def plan_trials(
     subjects: Sequence[Subject],
     cells: Sequence[Cell],
     grid: Mapping[str, Sequence[Any]],
+    count: int = 1,
 ) -> list[Trial]:
-    """Return a run on validation rows for every subject, cell and point of the grid.
+    """Return runs on validation rows for every subject, cell and point of the grid.
+
+    Arguments:
+        count: seeds that choose together; none of them is one that is reported.
 
     Raises:
         ConfigError: any of them could not be meant.
@@ -287,37 +292,44 @@ def plan_trials(
                 f"{CHOOSING}/{cell.name}" if cell.name else CHOOSING,
                 {**cell.settings, "task.evaluate_on": "validation"},
             )
-            [run] = plan_runs(file, [tried], [place], [TUNING_SEED])
-            trials.append(Trial(subject, settings, run))
+            seeds = range(TUNING_SEED, TUNING_SEED + count)
+            trials.append(Trial(subject, settings, plan_runs(file, [tried], [place], seeds)))
     return trials
 
 
 def choose(trials: Sequence[Trial], records: Sequence[Mapping[str, Any]]) -> list[Choice]:
     """Return the best settings of every subject and cell by the last round's validation score.
 
-    By accuracy (on its clients' own labels, for a personalised method), then by loss, then the
-    earlier in the grid.
+    By accuracy (on its clients' own labels, for a personalised method), then by loss, both means
+    over the seeds that choose, then the earlier in the grid.
+
+    Arguments:
+        records: of the trials' runs, in order.
     """
     choices: dict[tuple[str, str], Choice] = {}
     best: dict[tuple[str, str], tuple[float, float]] = {}
-    for trial, record in zip(trials, records, strict=True):
-        key = (trial.run.cell, trial.subject.label)
-        score = _score(record["final"])
+    finished = iter(records)
+    for trial in trials:
+        own = [next(finished) for _ in trial.runs]
+        place = trial.runs[0].cell
+        key = (place, trial.subject.label)
+        accuracies, losses = zip(*(_score(record["final"]) for record in own), strict=True)
+        score = (fmean(accuracies), fmean(losses))
+        rows = [row for record in own for row in record["rounds"]]
         tried = choices[key].tried if key in choices else []
         tried.append(
             {
                 "settings": dict(trial.settings),
+                "runs": len(own),
                 "accuracy": score[0],
                 "loss": -score[1],
-                "bytes": sum(
-                    row["bytes"][way]["total"] for row in record["rounds"] for way in ("up", "down")
-                ),
-                "seconds": sum(row["seconds"]["training"] for row in record["rounds"]),
+                "bytes": sum(row["bytes"][way]["total"] for row in rows for way in ("up", "down")),
+                "seconds": sum(row["seconds"]["training"] for row in rows),
             }
         )
         if key not in best or score > best[key]:
             best[key] = score
-            cell = trial.run.cell.removeprefix(CHOOSING).removeprefix("/")
+            cell = place.removeprefix(CHOOSING).removeprefix("/")
             choices[key] = Choice(trial.subject.label, cell, trial.settings, tried)
     return list(choices.values())
 

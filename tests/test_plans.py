@@ -67,8 +67,9 @@ def test_settings_are_chosen_on_validation_rows_at_a_seed_that_is_not_reported()
     trials = plan_trials(DIGITS, subjects_of(["fedavg", "flora"], {}), places, SUITE.grid)
     assert len(trials) == 2 * 2 * 4
     for trial in trials:
-        assert trial.run.experiment.task.evaluate_on == "validation"
-        assert trial.run.experiment.federation.seed == TUNING_SEED
+        [run] = trial.runs
+        assert run.experiment.task.evaluate_on == "validation"
+        assert run.experiment.federation.seed == TUNING_SEED
 
 
 def finished(
@@ -102,6 +103,20 @@ def test_the_best_setting_is_that_of_the_last_round(
     assert [run.experiment.train.local_steps for run in runs] == [best, best]
     assert {run.experiment.task.evaluate_on for run in runs} == {"test"}
     assert {run.label for run in runs} == {"fedavg"}
+
+
+def test_several_seeds_choose_by_their_mean() -> None:
+    trials = plan_trials(
+        DIGITS, subjects_of(["fedavg"], {}), ONE_CELL, {"train.local_steps": (1, 2)}, count=2
+    )
+    seeds = [[run.experiment.federation.seed for run in trial.runs] for trial in trials]
+    assert seeds == [[TUNING_SEED, TUNING_SEED + 1]] * 2
+    # The first alone is best at the first seed.
+    records = [finished(0.9, 0.1), finished(0.3, 2.0), finished(0.7, 0.5), finished(0.6, 0.5)]
+    [choice] = choose(trials, records)
+    assert choice.settings == {"train.local_steps": 2}
+    assert [trial["accuracy"] for trial in choice.tried] == pytest.approx([0.6, 0.65])
+    assert [(trial["runs"], trial["bytes"]) for trial in choice.tried] == [(2, 60)] * 2
 
 
 # --- subjects that a file names -------------------------------------------------------------------

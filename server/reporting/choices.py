@@ -40,10 +40,10 @@ def price_of_choosing(choices: Sequence[Mapping[str, Any]]) -> str:
         return ""
     traffic = sum(choice["bytes"] for choice in choices)
     seconds = sum(choice["training_seconds"] for choice in choices)
-    runs = sum(len(choice["tried"]) for choice in choices)
+    runs = sum(trial.get("runs", 1) for choice in choices for trial in choice["tried"])
     edges = sum(at_the_edge(choice) for choice in choices)
     said = (
-        f"Choosing took {runs} runs at a seed of their own, {amount_of_bytes(traffic)} of traffic "
+        f"Choosing took {runs} runs at seeds of their own, {amount_of_bytes(traffic)} of traffic "
         f"and {duration(seconds)} of training, which no method's own figures include."
     )
     if edges:
