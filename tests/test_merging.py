@@ -17,6 +17,7 @@ from common.peft_folders import CONFIG, PREFIX, WEIGHTS
 from common.seeds import torch_generator
 from server import cli
 from server.analysis.merging import GAUGES, NUMBERS, MergeOptions, plan_merge, write_merged
+from server.commands.console import console
 
 WIDTH, WIDE = 16, 24
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
@@ -685,7 +686,7 @@ def test_the_command_says_whether_adapters_agree(
     folders = [make("a", task_type="SEQ_CLS"),
                make("b", r=2, task_type="SEQ_CLS", target_modules=["query"])]  # fmt: skip
     out = tmp_path / "merged"
-    monkeypatch.setattr(cli.console, "width", 200)
+    monkeypatch.setattr(console, "width", 200)
     assert _call(monkeypatch, *folders, "--out", out, "--weights", "2,1", "--rank", 6) == 0
     said = " ".join(capsys.readouterr().err.split())
     numbers = json.loads((out / NUMBERS).read_text())

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from common.config import load_experiment, parse_assignments
 from common.errors import ConfigError
+from server.commands.console import console
 from server.folders import refuse_existing
 
-console = Console(stderr=True, highlight=False)
 site = typer.Typer(help="Sites of a deployment.", no_args_is_help=True)
 
 Deployment = Annotated[
