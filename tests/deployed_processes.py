@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from server.deployment.certificates import make_certificates, site_keys
+from server.deployment.certificates import SERVER_SECRET, make_certificates, site_keys
 from server.deployment.flower_cli import Superlink
 from server.deployment.registration import register
 
@@ -83,9 +83,21 @@ class Deployment:
             "--enable-supernode-auth",
             "--disable-runtime-dependency-installation",
             *("--database", str(self.folder / "state.db")),
+            *("--isolation", "process"),
+            *("--superexec-auth-secret-file", str(self.keys / SERVER_SECRET)),
         )
         wait_for(self.superlink.address)
         register(self.superlink, self.keys / "registered")
+
+    def start_server_app(self) -> None:
+        """Start what runs ServerApps, beside the SuperLink as in the containers."""
+        self._start(
+            "server-app",
+            "flower-superexec",
+            *("--runtime-api-address", self.superlink.address),
+            *("--root-certificates", str(self.keys / "ca.crt")),
+            *("--superexec-auth-secret-file", str(self.keys / SERVER_SECRET)),
+        )
 
     def start_node(
         self,
@@ -133,7 +145,7 @@ class Deployment:
 
     def stop(self) -> None:
         """End all processes and theirs, sites first."""
-        for name in sorted(self.running, key=lambda name: name == "superlink"):
+        for name in sorted(self.running, key=lambda name: name in ("server-app", "superlink")):
             children = family(self.running[name].pid)
             with suppress(subprocess.TimeoutExpired):
                 self.terminate(name, patience=20)

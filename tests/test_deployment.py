@@ -47,6 +47,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     deployment = Deployment(tmp_path_factory.mktemp("deployed"))
     try:
         deployment.start_superlink()
+        deployment.start_server_app()
         yield deployment
     finally:
         deployment.stop()
