@@ -193,7 +193,9 @@ def _ray_arguments(federation: Federation) -> dict[str, Any]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if federation.ray_address:
         return {**quiet, "address": federation.ray_address}
-    return {**quiet, "num_cpus": federation.workers, "include_dashboard": False}
+    # "local": a cluster of this run's own, whatever Ray else runs on the machine, or once did.
+    own = {"address": "local", "num_cpus": federation.workers, "include_dashboard": False}
+    return {**quiet, **own}
 
 
 class _WatchedGrid:

@@ -172,12 +172,15 @@ def test_all_strategies_start_from_the_same_model(digits_experiment: Build) -> N
 
 @pytest.mark.ray
 @pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
-def test_the_number_of_workers_does_not_matter(digits_experiment: Build, workers: int) -> None:
+def test_the_number_of_workers_does_not_matter(
+    digits_experiment: Build, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One, two, four (more than there are cores, here and there) and none at all.
 
     With few workers there are more runs than lanes: what clients remember of one must not reach
-    another.
+    another. Nor does a Ray cluster matter that is, or was, there for others.
     """
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
 
     def digests(workers: int) -> list[str]:
         settings = {"partition__clients": 4, "federation__workers": workers}
