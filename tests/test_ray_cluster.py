@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from deployed_processes import free_port, wait_for
@@ -19,18 +20,21 @@ RAY = Path(sys.executable).with_name("ray")
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[str]:
+def cluster() -> Iterator[str]:
     """The address of a head with one CPU, which a second node of one CPU has joined."""
     address = f"127.0.0.1:{free_port()}"
-    nodes = [start_node("--head", "--port", address.partition(":")[2])]
-    try:
-        wait_for(address)
-        nodes.append(start_node("--address", address))
-        yield address
-    finally:
-        for node in nodes:  # not by `ray stop`, which ends everybody's
-            os.killpg(node.pid, signal.SIGTERM)
-            node.wait(timeout=60)
+    # A folder of its own, or its address would stay behind for whoever starts Ray next; a short
+    # one, for the sockets in it.
+    with TemporaryDirectory(prefix="ray-") as folder:
+        nodes = [start_node("--head", "--port", address.partition(":")[2], "--temp-dir", folder)]
+        try:
+            wait_for(address)
+            nodes.append(start_node("--address", address))
+            yield address
+        finally:
+            for node in nodes:  # not by `ray stop`, which ends everybody's
+                os.killpg(node.pid, signal.SIGTERM)
+                node.wait(timeout=60)
 
 
 def start_node(*arguments: str) -> "subprocess.Popen[bytes]":
