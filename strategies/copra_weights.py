@@ -91,15 +91,18 @@ def _z(gains: Tensor) -> float:
     return float(gains.mean()) / error if error > 0 else 0.0
 
 
-def suspects(trial: Trial, proposal: Proposal, threshold: float) -> dict[int, float]:
+def suspects(slopes: Tensor, proposal: Proposal, threshold: float) -> dict[int, float]:
     """Return by position the z of every client whose slope says that it hurts.
 
     To first order the merge without client k has a loss lower by `w_k/(1-w_k)·(g_k - Σ w_j g_j)`
     with `g_k` the slope along its increment: K leave-one-out evaluations for one backward pass.
+
+    Arguments:
+        slopes: of the rows that choose along the increments, (n, K).
+        threshold: of the veto; suspects begin at a part of it.
     """
-    slopes = trial.slopes(proposal, CHOOSE).double()
     weights = torch.tensor(proposal.weights, dtype=torch.float64)
-    limited = slopes * torch.tensor(proposal.limits, dtype=torch.float64)
+    limited = slopes.double() * torch.tensor(proposal.limits, dtype=torch.float64)
     excess = limited - (limited @ weights)[:, None]
     z = {k: _z(excess[:, k]) for k, weight in enumerate(proposal.weights) if 0 < weight < 1}
     return {k: value for k, value in z.items() if value >= _SUSPECT * threshold}
@@ -110,30 +113,31 @@ def veto(trial: Trial, start: Proposal, threshold: float, screened: bool) -> Cho
 
     At most a third of the cohort, and never the last one of a task: other tasks may well be better
     off without it, and its own would be lost. With `screened` only the two worst suspects are left
-    out one by one to see, and again the two worst after every removal.
+    out one by one to see, and again the two worst after every removal; the slopes stay those at the
+    start, so that a round takes one backward pass.
     """
     proposal, vetoed = start, list[int]()
     notes: dict[str, Any] = {}
-    for _ in range(len(trial.clients) // 3):
-        tried = (
-            suspects(trial, proposal, threshold)
-            if screened
-            else dict.fromkeys(range(len(start.weights)), 0.0)
-        )
-        if screened and "suspects" not in notes:
-            notes["suspects"] = {str(trial.clients[k]): z for k, z in tried.items()}
-        tried = {k: z for k, z in tried.items() if k in dispensable(trial.tasks, proposal)}
-        if screened:
-            tried = dict(sorted(tried.items(), key=lambda item: -item[1])[:_MOST_TRIED])
+    most = len(trial.clients) // 3
+    slopes = trial.slopes(start, CHOOSE) if screened and most else None
+    losses = None
+    for _ in range(most):
+        tried = dispensable(trial.tasks, proposal)
+        if slopes is not None:
+            found = suspects(slopes, proposal, threshold)
+            notes.setdefault("suspects", {str(trial.clients[k]): z for k, z in found.items()})
+            worst_first = sorted(tried & set(found), key=lambda k: (-found[k], k))
+            tried = set(worst_first[:_MOST_TRIED])
         if not tried:
             break
-        losses = trial.losses(proposal, CHOOSE)
-        z = {k: paired_z(losses, trial.losses(without(proposal, k), CHOOSE)) for k in sorted(tried)}
+        losses = trial.losses(proposal, CHOOSE) if losses is None else losses
+        left = {k: trial.losses(without(proposal, k), CHOOSE) for k in sorted(tried)}
+        z = {k: paired_z(losses, others) for k, others in left.items()}
         notes.setdefault("leave_one_out_z", {str(trial.clients[k]): v for k, v in z.items()})
         worst = max(z, key=lambda k: z[k])
         if z[worst] < threshold:
             break
-        proposal = without(proposal, worst)
+        proposal, losses = without(proposal, worst), left[worst]
         vetoed.append(trial.clients[worst])
     return Chosen(proposal, notes | ({"proposed": vetoed} if vetoed else {}))
 

@@ -24,6 +24,7 @@ from common.candidates import ERRORS, GAINS, scores, unpacked
 from common.tensors import Tensors, digest
 from strategies.base import Client, Update
 from strategies.copra_weights import (
+    CHOOSE,
     Bump,
     Chosen,
     Lines,
@@ -86,6 +87,10 @@ def even(count: int) -> Proposal:
     return Proposal((1 / count,) * count, (1.0,) * count)
 
 
+def suspected(trial: Bowl, proposal: Proposal) -> dict[int, float]:
+    return suspects(trial.slopes(proposal, CHOOSE), proposal, 2.0)
+
+
 HARMED = bowl([1.0, 0.1], [1.0, -0.1], [0.9, 0.0], [-2.0, 0.0])
 
 
@@ -100,7 +105,7 @@ def test_the_first_order_gain_of_leaving_out_is_that_of_small_weights() -> None:
 
 
 def test_who_pulls_the_wrong_way_is_a_suspect_and_the_others_are_not() -> None:
-    assert set(suspects(HARMED, even(4), 2.0)) == {3}
+    assert set(suspected(HARMED, even(4))) == {3}
 
 
 def test_screening_asks_for_the_losses_of_suspects_only_and_decides_the_same() -> None:
@@ -115,10 +120,29 @@ def test_screening_asks_for_the_losses_of_suspects_only_and_decides_the_same() -
 
 def test_screening_tries_the_two_worst_suspects_and_then_the_two_worst_that_are_left() -> None:
     many = bowl(*([1.0, 0.1 * k] for k in range(-3, 4)), [-2.0, 0.0], [-1.0, 0.0], [-0.5, 0.0])
-    assert set(suspects(many, even(10), 2.0)) == {7, 8, 9}
+    assert set(suspected(many, even(10))) == {7, 8, 9}
     found = veto(many, even(10), 2.0, screened=True)
     assert set(found.notes["leave_one_out_z"]) == {"70", "80"}
     assert set(found.notes["proposed"]) == {70, 80, 90}  # the last was not tried at first
+
+
+def test_screening_takes_one_backward_pass_and_no_evaluation_twice() -> None:
+    many = bowl(*([1.0, 0.1 * k] for k in range(-3, 4)), [-2.0, 0.0], [-1.0, 0.0], [-0.5, 0.0])
+    asked: list[object] = []
+
+    class Watched(Bowl):
+        def losses(self, proposal: Proposal, rows: slice) -> Tensor:
+            asked.append(proposal)
+            return super().losses(proposal, rows)
+
+        def slopes(self, proposal: Proposal, rows: slice) -> Tensor:
+            asked.append("slopes")
+            return super().slopes(proposal, rows)
+
+    found = veto(Watched(many.increments, many.target), even(10), 2.0, screened=True)
+    assert len(found.notes["proposed"]) == 3
+    assert asked.count("slopes") == 1
+    assert len(asked) == len(set(asked))
 
 
 @pytest.mark.parametrize("screened", [True, False])
@@ -142,8 +166,8 @@ def test_of_two_harmful_clients_of_a_task_one_stays() -> None:
 def test_a_limit_counts_as_a_shorter_increment() -> None:
     halved = replace(HARMED, increments=HARMED.increments * torch.tensor([[1], [1], [1], [0.5]]))
     limited = replace(even(4), limits=(1.0, 1.0, 1.0, 0.5))
-    assert suspects(HARMED, limited, 2.0) == pytest.approx(suspects(halved, even(4), 2.0))
-    assert suspects(HARMED, limited, 2.0) != pytest.approx(suspects(HARMED, even(4), 2.0))
+    assert suspected(HARMED, limited) == pytest.approx(suspected(halved, even(4)))
+    assert suspected(HARMED, limited) != pytest.approx(suspected(HARMED, even(4)))
 
 
 def test_a_bump_is_what_three_points_say() -> None:
