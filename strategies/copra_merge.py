@@ -367,9 +367,7 @@ class _Merger:
         self._rank, self._scale, self._seed = rank, scale, seed
         self._modules = adapted_modules(state)
         # What was rounded on its way down is no part of G any more: it is stacked by itself.
-        self._apart = [
-            k for k, update in enumerate(updates) if not _was_sent_exactly(state, update, scale)
-        ]
+        self._apart = _sent_otherwise(state, updates, scale)
         sent = [updates[k].sent for k in self._apart]
         self._stacked = [state, *(update.tensors for update in updates), *sent]
         self._spans = _at_once(lambda module: Span(self._terms(module)), self._modules)
@@ -487,10 +485,19 @@ class _Merger:
         return Directions(stacks, self._mixing, heads)
 
 
-def _was_sent_exactly(state: Tensors, update: Update, scale: float) -> bool:
-    """Say whether a client was sent its part of G to the bit."""
-    exact = send_prefix(state, update.client, scale)
-    return all(torch.equal(update.sent[n], t) for n, t in exact.items() if is_factor(n))
+def _sent_otherwise(state: Tensors, updates: Sequence[Update], scale: float) -> list[int]:
+    """Return the positions of clients that were sent other factors than their part of G."""
+    exact: dict[tuple[int, float], Mapping[str, Tensor]] = {}
+    found = []
+    for k, update in enumerate(updates):
+        client = update.client
+        kind = client.rank, client.scale  # all that factors depend on
+        if kind not in exact:
+            sent = send_prefix(state, client, scale)
+            exact[kind] = {name: t for name, t in sent.items() if is_factor(name)}
+        if not all(torch.equal(update.sent[name], t) for name, t in exact[kind].items()):
+            found.append(k)
+    return found
 
 
 def _column(client: Client, scale: float, position: int, count: int) -> Tensor:
