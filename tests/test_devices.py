@@ -1,4 +1,4 @@
-"""The same tests on the CPU and, where there is one, on a CUDA device."""
+"""Runs on a CUDA device, where there is one, against the same on the CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +11,8 @@ from common.config import Experiment
 from server.simulation import simulate
 
 Build = Callable[..., Experiment]
-on_each_device = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(
-                not torch.cuda.is_available(),
-                reason="torch finds no CUDA device; where there is one this runs on it",
-            ),
-        ),
-    ],
-)
+REASON = "torch finds no CUDA device; where there is one this runs on it"
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=REASON)
 
 
 def rounds_of(experiment: Experiment) -> list[dict[str, Any]]:
@@ -33,7 +22,7 @@ def rounds_of(experiment: Experiment) -> list[dict[str, Any]]:
     return rounds
 
 
-@on_each_device
+@on_cuda
 @pytest.mark.parametrize(
     "settings",
     [
@@ -45,14 +34,14 @@ def rounds_of(experiment: Experiment) -> list[dict[str, Any]]:
     ids=lambda settings: str(next(iter(settings.values()))),
 )
 def test_a_run_ends_where_it_does_on_the_cpu(
-    digits_experiment: Build, device: str, settings: dict[str, Any]
+    digits_experiment: Build, settings: dict[str, Any]
 ) -> None:
-    here = rounds_of(digits_experiment(train__device=device, **settings))
+    here = rounds_of(digits_experiment(train__device="cuda", **settings))
     there = rounds_of(digits_experiment(train__device="cpu", **settings))
     assert [row["loss"] for row in here] == pytest.approx([row["loss"] for row in there], abs=5e-3)
 
 
-@on_each_device
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
 def test_mixed_precision_is_close_to_float32(digits_experiment: Build, device: str) -> None:
     mixed = rounds_of(digits_experiment(train__device=device, train__precision="bfloat16"))
     single = rounds_of(digits_experiment(train__device=device))
@@ -61,10 +50,10 @@ def test_mixed_precision_is_close_to_float32(digits_experiment: Build, device: s
     assert [row["loss"] for row in mixed] != losses
 
 
-@on_each_device
+@on_cuda
 @pytest.mark.parametrize("nemesis", ["none", "pun", "pan"])
 def test_soft_prompts_end_where_they_do_on_the_cpu(
-    digits_experiment: Build, clip_folder: Path, device: str, nemesis: str
+    digits_experiment: Build, clip_folder: Path, nemesis: str
 ) -> None:
     prompts = {
         "backbone__path": str(clip_folder),
@@ -76,15 +65,13 @@ def test_soft_prompts_end_where_they_do_on_the_cpu(
         "strategy": {"name": "promptfl"},
         "task__probe_examples": 0,
     }
-    here = rounds_of(digits_experiment(train__device=device, **prompts))
+    here = rounds_of(digits_experiment(train__device="cuda", **prompts))
     there = rounds_of(digits_experiment(train__device="cpu", **prompts))
     assert [row["loss"] for row in here] == pytest.approx([row["loss"] for row in there], abs=5e-3)
 
 
 @pytest.mark.ray
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="torch finds no CUDA device for two workers to share"
-)
+@on_cuda
 def test_two_workers_share_a_gpu(digits_experiment: Build) -> None:
     rounds_of(digits_experiment(train__device="cuda", federation__workers=2))
     rounds_of(digits_experiment(train__device="cuda:0", federation__workers=0))
