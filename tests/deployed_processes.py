@@ -71,6 +71,11 @@ class Deployment:
     def superlink(self) -> Superlink:
         return Superlink(f"127.0.0.1:{self.port}", self.keys / "ca.crt")
 
+    def start_server(self) -> None:
+        """Start the SuperLink, and what runs ServerApps beside it, as in the containers."""
+        self.start_superlink()
+        self._start_server_app()
+
     def start_superlink(self) -> None:
         """Start it, wait until it answers, and register the sites' keys."""
         self._start(
@@ -89,8 +94,7 @@ class Deployment:
         wait_for(self.superlink.address)
         register(self.superlink, self.keys / "registered")
 
-    def start_server_app(self) -> None:
-        """Start what runs ServerApps, beside the SuperLink as in the containers."""
+    def _start_server_app(self) -> None:
         self._start(
             "server-app",
             "flower-superexec",

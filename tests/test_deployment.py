@@ -46,8 +46,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     """A SuperLink without nodes."""
     deployment = Deployment(tmp_path_factory.mktemp("deployed"))
     try:
-        deployment.start_superlink()
-        deployment.start_server_app()
+        deployment.start_server()
         yield deployment
     finally:
         deployment.stop()

@@ -41,8 +41,7 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
     (tmp_path / "deployed").mkdir()
     deployment = Deployment(tmp_path / "deployed")
     try:
-        deployment.start_superlink()
-        deployment.start_server_app()
+        deployment.start_server()
         yield deployment
     finally:
         deployment.stop()
@@ -140,8 +139,7 @@ def test_what_a_killed_superlink_has_cut_off_a_new_run_takes_to_the_same_end(
     until(cut.in_round(3))
     for part in ("server-app", "superlink"):  # a power cut at the server
         deployment.kill(part)
-    deployment.start_superlink()
-    deployment.start_server_app()
+    deployment.start_server()
     assert "finished:failed" in cut.failed()
     again = Run(deployment, experiment, tmp_path / "again")
     record = again.record()

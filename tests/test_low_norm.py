@@ -19,7 +19,6 @@ from common.low_norm import Corruption, corrupt
 from common.seeds import torch_generator
 from server import cli
 from server.analysis.low_norm import (
-    RESPONSE,
     Amounts,
     contexts_of,
     corrupted_model,
@@ -36,7 +35,7 @@ from server.simulation import simulate
 
 Runs = Callable[..., Path]
 
-AMOUNTS = Amounts((0.0, 0.1), (0.1, 0.5), (2.0,), (90.0,))
+AMOUNTS = Amounts((0.0, 0.1), (0.1, 0.5), (2.0,), (90.0,), (0.1, 0.5, 2.0))
 ROWS = 60
 
 
@@ -211,7 +210,7 @@ def test_response_to_the_scale_of_the_whole_prompt(
     two_seeds: list[StoredRun], analysis: Mapping[str, Any]
 ) -> None:
     rows = {row["factor"]: row for row in analysis["response"]}
-    assert tuple(rows) == RESPONSE
+    assert tuple(rows) == (0.1, 0.5, 1.0, 2.0)
     assert rows[1.0]["change"]["mean"] == rows[1.0]["change"]["error"] == 0
     assert rows[1.0]["accuracy"] == analysis["untouched"]
     scorer = Scorer(two_seeds[0].experiment, "test", ROWS)
@@ -328,7 +327,7 @@ def test_positions_that_there_are_not_are_refused(
 def test_positions_are_each_alone_unless_they_are_named(two_seeds: list[StoredRun]) -> None:
     plan = plan_low_norm(two_seeds, AMOUNTS)
     assert [c.positions for c in plan.corruptions[::6]] == [(0,), (1,), (2,), (3,)]
-    assert plan.models == 2 * (1 + 6 * 4 + len(RESPONSE))
+    assert plan.models == 2 * (1 + 6 * 4 + 4)
     scaled = plan_low_norm(two_seeds, Amounts((), (), (), (90.0,), (1.5, 0.7)))
     assert [by.amount for by in scaled.response] == [0.7, 1.0, 1.5]
     named = plan_low_norm(two_seeds, AMOUNTS, [(3,), (2, 0), (0, 2)])

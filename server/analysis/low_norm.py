@@ -33,9 +33,6 @@ from server.analysis.pruning import ERRORS, estimate, grouped
 from server.analysis.stored_run import Scorer, StoredRun
 from strategies.base import Served
 
-# Of the whole prompt, all positions at once.
-RESPONSE = (0.1, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0)
-
 METHOD = (
     "Evaluation of trained prompts; nothing is trained again, and all but the named vectors stays. "
     "A cell is one operation at one position, or at several positions together, in every run. "
@@ -80,7 +77,7 @@ class Amounts:
     lowered: tuple[float, ...]
     raised: tuple[float, ...]
     turned: tuple[float, ...]
-    whole: tuple[float, ...] = RESPONSE
+    whole: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         bounds: Sequence[tuple[str, tuple[float, ...], Callable[[float], bool], str]] = (

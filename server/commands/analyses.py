@@ -12,6 +12,7 @@ from server.commands.console import (
     counting,
     groups_of,
     numbers_of,
+    print_table,
     rewrite_report,
 )
 from server.folders import write_json
@@ -58,10 +59,8 @@ def connectivity(
     with counting(plan.models, "models") as advance:
         found = measure_connectivity(plan, scorer, advance)
     write_json(run / "connectivity.json", found)
-    table = Table("lines", "by", "bumps", "barrier, nats", "at λ", "middle less ends", box=None)
-    for row in summary_rows(found):
-        table.add_row(*row)
-    console.print(table)
+    columns = ("lines", "by", "bumps", "barrier, nats", "at λ", "middle less ends")
+    print_table(columns, summary_rows(found))
     rewrite_report(run)
 
 
@@ -93,10 +92,7 @@ def shapley(
         found = measure_shapley(plan, scorer, advance)
     write_shapley(run, found)
     columns, rows = value_rows(found)
-    table = Table(*columns, box=None)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(columns, rows)
     rewrite_report(run)
 
 
@@ -193,10 +189,7 @@ def low_norm(
     write_json(runs[0] / "low_norm.json", found)
     console.print(f"{found['label']}, seeds {found['seeds']}", soft_wrap=True)
     for columns, rows in (count_rows(found), response_rows(found)):
-        table = Table(*columns, box=None)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(columns, rows)
     console.print(
         "(cells whose accuracy rises, of those with this effect on norms; a count alone is no "
         "evidence, raised and kept norms are the controls)",

@@ -23,9 +23,8 @@ Sets = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to write; it must not exist.")]
 
 
-@contextmanager
-def counting(total: int, unit: str) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar; what is given is to be called with what was done, once for each."""
+def progress_bar(unit: str) -> Progress:
+    """Return a bar on the console, which counts in this unit; hidden where nobody looks."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,8 +32,13 @@ def counting(total: int, unit: str) -> Iterator[Callable[[str], None]]:
         TextColumn(unit),
         TimeElapsedColumn(),
     )
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def counting(total: int, unit: str) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar; what is given is to be called with what was done, once for each."""
+    with progress_bar(unit) as progress:
         bar = progress.add_task("starting", total=total)
         yield lambda what: progress.update(bar, advance=1, description=what)
 

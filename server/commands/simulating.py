@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from server.commands.console import console, shown_score
+from server.commands.console import console, progress_bar, shown_score
 from server.plans import PlannedRun
 from server.reporting.wording import round_line
 
@@ -35,15 +34,7 @@ def simulate_all(runs: Sequence[PlannedRun], folder: Path) -> list[dict[str, Any
     if done:
         console.print(f"{len(done)} of {len(runs)} runs are there already")
     rounds = sum(run.experiment.federation.rounds for i, run in enumerate(runs) if i not in done)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rounds"),
-        TimeElapsedColumn(),
-    )
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    with progress_bar("rounds") as progress:
         bar = progress.add_task("starting clients", total=rounds)
 
         def on_progress(index: int, row: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ def price_of_choosing(choices: Sequence[Mapping[str, Any]]) -> str:
         return ""
     traffic = sum(choice["bytes"] for choice in choices)
     seconds = sum(choice["training_seconds"] for choice in choices)
+    # Comparisons of older versions had one run a trial, and did not say so.
     runs = sum(trial.get("runs", 1) for choice in choices for trial in choice["tried"])
     edges = sum(at_the_edge(choice) for choice in choices)
     said = (
