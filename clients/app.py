@@ -27,6 +27,7 @@ from common.lowrank import adapted_modules, factor_names, kaiming_start
 from common.memory import Memory, prefixed, under
 from common.messages import (
     Outcome,
+    Plan,
     pack_holding,
     pack_identity,
     pack_scores,
@@ -142,7 +143,8 @@ class _Client:
     """One client in one exchange: what it was told, what it remembers, where it starts from.
 
     Raises:
-        UpdateRefusedError: it no longer holds what the server believes it does.
+        UpdateRefusedError: it no longer holds what the server believes it does, or its base model
+            is another one than the server's.
     """
 
     def __init__(self, message: Message, context: Context) -> None:
@@ -166,7 +168,9 @@ class _Client:
         self.shard = _shard(self.experiment, self.plan.client)
         self.rank = self.experiment.adapter.rank_of(self.plan.client)
         self.scale = self.experiment.adapter.scale(self.rank)
-        self.held = self._unpacked(received, self._model())
+        model = self._model()
+        _refuse_other_base(self.plan, model)
+        self.held = self._unpacked(received, model)
 
     def seconds_so_far(self) -> float:
         """Return the seconds since this exchange, or its process, began."""
@@ -292,6 +296,16 @@ def _is_deployed(context: Context) -> bool:
 def _refuse_other_code(context: Context) -> None:
     if _is_deployed(context):
         refuse_other_code(str(context.run_config["code"]), "this site")
+
+
+def _refuse_other_base(plan: Plan, model: Model) -> None:
+    """Refuse to train on another base: the server would add the update to a model it is not of."""
+    if model.base_fingerprint != plan.base:
+        raise UpdateRefusedError(
+            f"client {plan.client} has another base model ({model.base_fingerprint}) than the "
+            f"server ({plan.base}): give both the same weights; the same backbone.path or hub id "
+            "may lead to others"
+        )
 
 
 def _shard(experiment: Experiment, client: int) -> Shard:

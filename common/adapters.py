@@ -66,6 +66,11 @@ class AdaptedBackbone:
         """Return how rows become what it takes."""
         return self.backbone.preprocessor
 
+    @property
+    def base_fingerprint(self) -> str:
+        """Return what tells its frozen base from others."""
+        return self.backbone.fingerprint
+
     # --- shape of the state --------------------------------------------------------------------
 
     def shapes(self, rank: int, task: LabelledTask) -> dict[str, torch.Size]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.base_fingerprint import base_fingerprint
 from common.config import Backbone
 from common.errors import ConfigError
 from common.first_token import keep_first_token
@@ -138,6 +139,7 @@ class PretrainedBackbone:
     preprocessor: Preprocessor
     encoder: Any  # a transformers model without its head
     device: torch.device
+    fingerprint: str  # of the encoder as it was loaded
     _models: dict[int, nn.Module] = field(default_factory=dict)
     _making: threading.Lock = field(default_factory=threading.Lock)
 
@@ -366,4 +368,6 @@ def load_backbone(config: Backbone, kind: Kind, device: str) -> PretrainedBackbo
         setattr(encoder, flag, getattr(model, flag, False))
     encoder.requires_grad_(False)
     keep_first_token(encoder)
-    return PretrainedBackbone(load_preprocessor(config, kind), encoder, place)
+    return PretrainedBackbone(
+        load_preprocessor(config, kind), encoder, place, base_fingerprint(encoder)
+    )

@@ -41,6 +41,7 @@ class Plan:
         since: the number of the parcel that the server believes this client holds; 0 for none.
         fresh: the parts that the client draws itself, as they are at the start.
         restart: which start those are drawn from.
+        base: the fingerprint of the server's base model, which the client's must have too.
         rules: what the method asks for beside training.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     since: int
     fresh: tuple[str, ...]
     restart: int
+    base: str
     rules: LocalRules
 
 

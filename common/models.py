@@ -44,6 +44,10 @@ class Model(Protocol):
         """Return how rows become what it takes."""
 
     @property
+    def base_fingerprint(self) -> str:
+        """Return what tells its frozen base from others (`common.base_fingerprint`)."""
+
+    @property
     def module(self) -> nn.Module:
         """Return the loaded torch module, for its training and evaluation modes."""
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.backbones import Preprocessor, choose_device, load_preprocessor, named_in_errors
+from common.base_fingerprint import base_fingerprint
 from common.captions import Captions, Past, caption_ids, no_past, past_of, shared_tokens
 from common.config import Backbone, Prompt
 from common.errors import ConfigError
@@ -48,6 +49,7 @@ class Clip:
     tokenizer: Any
     towers: Any  # transformers' CLIPModel
     device: torch.device
+    fingerprint: str
 
 
 def load_clip(config: Backbone, kind: Kind, device: str) -> Clip:
@@ -74,7 +76,8 @@ def load_clip(config: Backbone, kind: Kind, device: str) -> Clip:
         towers = CLIPModel.from_pretrained(location, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(location)
     towers.requires_grad_(False)
-    return Clip(preprocessor, tokenizer, towers.to(place).eval(), place)
+    towers = towers.to(place).eval()
+    return Clip(preprocessor, tokenizer, towers, place, base_fingerprint(towers))
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ class PromptedClip:
     def preprocessor(self) -> Preprocessor:
         """Return how pictures become what it takes."""
         return self._clip.preprocessor
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Return what tells its frozen base from others."""
+        return self._clip.fingerprint
 
     @property
     def module(self) -> nn.Module:

@@ -34,6 +34,7 @@ from common.backbones import (
     load_preprocessor,
     named_in_errors,
 )
+from common.base_fingerprint import base_fingerprint
 from common.config import Backbone, Prompt
 from common.errors import ConfigError
 from common.features import Batch, Features
@@ -53,6 +54,7 @@ class TextEncoder:
     preprocessor: Preprocessor
     encoder: Any
     device: torch.device
+    fingerprint: str
     answers: Any | None = None
 
 
@@ -67,7 +69,9 @@ def load_text_encoder(config: Backbone, prompt: Prompt, device: str) -> TextEnco
         loaded = _with_masked_lm(config, device)
     else:
         backbone = load_backbone(config, "text", device)
-        loaded = TextEncoder(backbone.preprocessor, backbone.encoder, backbone.device)
+        loaded = TextEncoder(
+            backbone.preprocessor, backbone.encoder, backbone.device, backbone.fingerprint
+        )
     embeddings = getattr(loaded.encoder, "embeddings", None)
     parts = ("word_embeddings", "token_type_embeddings", "LayerNorm")
     layers = getattr(getattr(loaded.encoder, "encoder", None), "layer", None)
@@ -105,7 +109,8 @@ def _with_masked_lm(config: Backbone, device: str) -> TextEncoder:
     model.requires_grad_(False)
     model.to(place).eval()
     keep_first_token(encoder)
-    return TextEncoder(preprocessor, encoder, place, next(iter(heads.values())))
+    answers = next(iter(heads.values()))
+    return TextEncoder(preprocessor, encoder, place, base_fingerprint(model), answers)
 
 
 class PromptedText:
@@ -133,6 +138,11 @@ class PromptedText:
     def preprocessor(self) -> Preprocessor:
         """Return how texts become what it takes."""
         return self._text.preprocessor
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Return what tells its frozen base from others."""
+        return self._text.fingerprint
 
     @property
     def text(self) -> TextEncoder:

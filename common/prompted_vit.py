@@ -85,6 +85,11 @@ class PromptedVit:
         return self._backbone.preprocessor
 
     @property
+    def base_fingerprint(self) -> str:
+        """Return what tells its frozen base from others."""
+        return self._backbone.fingerprint
+
+    @property
     def vit(self) -> Any:
         """Return the frozen ViT."""
         return self._vit

@@ -493,6 +493,7 @@ class FedcopraStrategy(FlowerStrategyBase):
             since=parcel.since,
             fresh=parcel.fresh,
             restart=restart,
+            base=self._evaluator.model.base_fingerprint,
             rules=self._strategy.rules,
         )
         message = Message(

@@ -43,6 +43,7 @@ def build_record(finished: Finished, label: str) -> dict[str, Any]:
             "control": method.control,
             "personalised": method.served == "personal" and not method.control,
         },
+        "base": finished.evaluator.model.base_fingerprint,
         "environment": describe_environment(str(device)),
         "task": _describe_task(finished),
         "start": outcomes.start.as_record(),

@@ -550,6 +550,7 @@ def test_a_client_starts_from_what_it_is_sent_and_from_the_common_start_for_the_
         since=0,
         fresh=tuple({"lora_A", "lora_B", "head"} - set(trains)),
         restart=0,
+        base=model.base_fingerprint,
         rules=NO_RULES,
     )
     grid = LocalGrid(client_app, 3)

@@ -40,6 +40,7 @@ PLAN = Plan(
     since=6,
     fresh=("lora_A",),
     restart=1,
+    base="0123456789abcdef",
     rules=LocalRules(keeps=("lora_B",), proximal=0.1, sketch=4, steady=False),
 )
 TENSORS = {

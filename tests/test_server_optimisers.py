@@ -360,7 +360,7 @@ class ByHand:
             for _ in range(4):
                 step = self.gradients[number](x) - own + sent["control/head.toy.bias"]
                 x = x - 0.1 * step
-            plan = Plan("", "", number, (), 1, 4, ("head",), 1, 0, (), 0, rules)
+            plan = Plan("", "", number, (), 1, 4, ("head",), 1, 0, (), 0, "", rules)
             factor = {"enc.0.q.lora_A.weight": torch.zeros(4, 2)}  # tells the rank
             start, end = {"head.toy.bias": sent["head.toy.bias"]}, {"head.toy.bias": x}
             trained = Trained(0.0, 4 * 0.1)

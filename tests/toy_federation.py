@@ -221,7 +221,7 @@ def updates_of(
         memory = memories.get(who.client, Memory())
         start = {n: t for n, t in sent.items() if "/" not in n} | under("kept/", memory.own)
         end = {**start, **train(who, start)}
-        plan = Plan("", "", who.client, (), number + 1, 1, trains, 1, 0, (), 0, strategy.rules)
+        plan = Plan("", "", who.client, (), number + 1, 1, trains, 1, 0, (), 0, "", strategy.rules)
         upload = returned(plan, 0, who.scale, sent, start, end, memory, Trained(0.0, RATE))
         memories[who.client] = Memory(1, sent, upload.own)
         rows = sum(ROWS[shard % len(ROWS)] for shard in assignment.shards)
