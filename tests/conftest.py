@@ -67,24 +67,29 @@ def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of 4 blocks, width 16, with a WordPiece vocabulary of a few words."""
+    folder = tmp_path_factory.mktemp("backbones") / "tiny-bert"
+    save_bert(folder, width=16, intermediate=24)
+    return folder
+
+
+def save_bert(folder: Path, width: int, intermediate: int) -> None:
+    """Save a random BERT of 4 blocks and its tokenizer of a few words."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s", "##er"]
     config = BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
+        hidden_size=width,
         num_hidden_layers=4,
         num_attention_heads=2,
-        intermediate_size=24,
+        intermediate_size=intermediate,
         max_position_embeddings=64,
         # As in most classifiers that are fine-tuned; it also lets evaluation differ from training.
         hidden_dropout_prob=0.1,
     )
-    folder = tmp_path_factory.mktemp("backbones") / "tiny-bert"
-    save_random(BertModel(config), folder)
+    save_random(BertModel(config), folder, spread=width**-0.5)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -138,14 +143,14 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_random(model: Any, folder: Path) -> None:
+def save_random(model: Any, folder: Path, spread: float = 0.25) -> None:
     """Save `model` with random weights of a spread at which so small a model is not flat."""
     stream = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms and biases stay as they are.
             if parameter.ndim >= 2 or name.endswith("class_embedding"):
-                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=stream))
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=stream))
     model.save_pretrained(folder)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_random
+from conftest import save_bert, save_random
 from torch import Tensor
 from torch.nn import functional
 
@@ -43,9 +43,17 @@ quantises = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def wide_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT whose rows are whole blocks of 4-bit numbers."""
+    folder = tmp_path_factory.mktemp("backbones") / "wide-bert"
+    save_bert(folder, width=64, intermediate=128)
+    return folder
+
+
 @pytest.fixture(params=GRIDS)
-def config(request: pytest.FixtureRequest, bert_folder: Path) -> Backbone:
-    return Backbone(path=str(bert_folder), quantised=request.param)
+def config(request: pytest.FixtureRequest, wide_bert: Path) -> Backbone:
+    return Backbone(path=str(wide_bert), quantised=request.param)
 
 
 @pytest.fixture
@@ -147,11 +155,11 @@ def test_peft_wraps_quantised_layers_in_its_own(
 @quantises
 @pytest.mark.parametrize(("grid", "most"), [("int8", 0.05), ("nf4", 0.3)])
 def test_a_quantised_model_is_near_the_float_one_but_not_it(
-    bert_folder: Path, task: LabelledTask, grid: Any, most: float
+    wide_bert: Path, task: LabelledTask, grid: Any, most: float
 ) -> None:
     found = []
     for quantised in ("none", grid):
-        config = Backbone(path=str(bert_folder), quantised=quantised)
+        config = Backbone(path=str(wide_bert), quantised=quantised)
         model = AdaptedBackbone(load_backbone(config, "text", "cpu"), ADAPTER)
         model.load(awake(model, task), 4, task)
         found.append(logits_of(model))
@@ -178,6 +186,13 @@ def test_without_the_package_the_message_says_what_to_install(
         load_backbone(config, "text", "cpu")
 
 
+def test_rows_that_are_no_whole_blocks_are_refused_on_a_cpu(bert_folder: Path) -> None:
+    """There bitsandbytes unpacks the next row's numbers, on some processors, and says nothing."""
+    narrow = Backbone(path=str(bert_folder), quantised="nf4")
+    with pytest.raises(ConfigError, match=r"nf4.*attention.*rows of 16 .*multiple of 64.*int8"):
+        load_base_model(narrow, "text", num_labels=2)
+
+
 def test_an_unknown_grid_is_refused_with_the_choices(bert_folder: Path) -> None:
     tables = {
         "task": {"name": "digits"},
@@ -196,7 +211,7 @@ def test_a_residual_adds_its_product_to_the_quantised_forward_to_the_bit(
 ) -> None:
     state = awake(model, task)
     whole = with_residuals(state)
-    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     model.load(state, 4, task)
     layer = module_of(model, QUERY)
     plain = layer(x)
@@ -215,7 +230,7 @@ def test_putting_the_residual_on_the_grid_would_not_be_exact(
     residual = whole[residual_name(QUERY)]
     model.load(whole, 4, task)
     layer = module_of(model, QUERY)
-    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         exact = layer(x)
         wrong, dense = requantised(layer.base_layer, config.quantised, residual, x)
@@ -361,8 +376,9 @@ def test_conv1d_layers_are_quantised_and_adapted_too(
     from transformers import AutoTokenizer, GPT2Config, GPT2Model
 
     save_random(
-        GPT2Model(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64)),
+        GPT2Model(GPT2Config(vocab_size=32, n_embd=64, n_layer=2, n_head=2, n_positions=64)),
         tmp_path,
+        spread=0.125,
     )
     AutoTokenizer.from_pretrained(bert_folder).save_pretrained(tmp_path)
     found = []
