@@ -20,7 +20,6 @@ from typing import Any, cast
 from flwr.app import Context, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
 
 from clients.app import app as client_app
 from common.backbones import choose_device
@@ -138,6 +137,9 @@ def _in_process(run: _Run, experiments: Sequence[Experiment], clients: int) -> l
 
 
 def _on_ray(run: _Run, experiments: Sequence[Experiment], clients: int) -> list[Finished]:
+    # It brings Flower's database and web server, which nothing but a simulation on Ray starts.
+    from flwr.simulation import run_simulation
+
     _quiet_flower()
     workers = experiments[0].federation.workers
     finished: list[Finished] = []
