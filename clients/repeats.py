@@ -62,12 +62,17 @@ def training_key(
 ) -> str:
     """Return a digest of all that training depends on; `given` is every tensor that went into it.
 
-    Of the experiment that is what clients read; a strategy speaks through `run` and `given`, and of
-    its rules only those count that add to the loss.
+    Of the experiment that is what clients read, without what is switched off; a strategy speaks
+    through `run` and `given`, and of its rules only those count that add to the loss.
     """
-    read = {"task", "partition", "backbone", "adapter", "copra", "train", "nemesis"}
-    # Other harm is done to what comes out of training.
-    read |= {"harm"} if experiment.harm.kind == "random-labels" else set()
+    in_use = {
+        "copra": experiment.copra.enabled,
+        "nemesis": experiment.nemesis.kind != "none",
+        # Other harm is done to what comes out of training.
+        "harm": experiment.harm.kind == "random-labels",
+    }
+    read = {"task", "partition", "backbone", "adapter", "train"}
+    read |= {section for section, used in in_use.items() if used}
     sections = experiment.model_dump_json(include=read)
     seed, rules = experiment.federation.seed, run.rules
     in_the_loss = LocalRules(

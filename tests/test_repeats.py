@@ -78,6 +78,20 @@ def test_what_trains_otherwise_is_trained(
     assert not any(reused)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"copra__initial": 0.3}, {"nemesis__strength": 0.1}, {"harm__factor": 2.0}],
+    ids=str,
+)
+def test_what_is_switched_off_makes_no_other_training(
+    digits_experiment: Build, kept: Kept, settings: dict[str, Any]
+) -> None:
+    """A grid of strengths for a loss that has none trains once."""
+    (first, _), (again, reused) = outcomes([digits_experiment(), digits_experiment(**settings)])
+    assert all(reused)
+    assert again == first
+
+
 def test_harm_done_to_the_outcome_shares_the_training(digits_experiment: Build, kept: Kept) -> None:
     harm = {"kind": "scaled-update", "clients": [0], "factor": -1.0}
     healthy, harmed = outcomes([digits_experiment(), digits_experiment(harm=harm)])
