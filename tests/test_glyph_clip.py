@@ -1,5 +1,6 @@
 """glyph-clip: the shipped folder, the card's figures, and the script that made both."""
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -265,12 +266,19 @@ def write_pictures(folder: Path, classes: Sequence[str], count: int = 10) -> Pat
 @pytest.fixture
 def sets(tmp_path: Path) -> tuple[PictureSet, ...]:
     numbers = write_pictures(tmp_path / "numbers", ["3", "7"])
+    (numbers / "classes.json").write_text(json.dumps(["three", "seven"]))
     things = write_pictures(tmp_path / "things", ["ankle_boot", "bag", "shirt"])
     return read_picture_sets([numbers, things])
 
 
-def test_classes_are_called_as_folders_and_digits_by_words(sets: tuple[PictureSet, ...]) -> None:
+def test_classes_are_called_as_prompts_call_them(
+    sets: tuple[PictureSet, ...], tmp_path: Path
+) -> None:
+    """By classes.json, or as their folders: a prompt asks for the names that were learned."""
     assert [given.names for given in sets] == [("three", "seven"), ("ankle boot", "bag", "shirt")]
+    for folder, given in zip(("numbers", "things"), sets, strict=True):
+        [task] = load_tasks(Task(path=str(tmp_path / folder), probe_examples=0))
+        assert given.names == task.class_names
     assert scored_caption("seven") == "a photo of the digit seven"
     assert scored_caption("ankle boot") == "a photo of the ankle boot"
     assert sets[1].train.images.shape == (27, 1, 28, 28)  # less a tenth for validation

@@ -160,17 +160,14 @@ def read_pictures(path: Path, class_names: Sequence[str] = ()) -> PictureSet:
     """Read a folder or zip of `train/<class>/<picture>` and `test/<class>/<picture>`.
 
     What `common.tasks` sets aside for validation is left out. Without `class_names` a class is
-    called as its folder, `_` read as a space, and 0 to 9 as zero to nine.
+    called as prompts call it: by `classes.json`, or as its folder, `_` read as a space.
 
     Raises:
         ConfigError: no such path, or names that are not one a class.
         DataError: pictures that cannot be read.
     """
     [task] = load_tasks(Task(path=str(path), probe_examples=0))
-    spelled = dict(zip(string.digits, DIGITS, strict=True))
-    names = tuple(class_names) or tuple(
-        spelled.get(label, label.replace("_", " ")) for label in task.labels
-    )
+    names = tuple(class_names) or task.class_names
     if len(names) != len(task.labels):
         raise ConfigError(
             f"--class-names: {len(names)} names for the {len(task.labels)} classes of {path} "
@@ -581,7 +578,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=[],
         metavar="NAMES",
         help="one comma-separated list a data set, in the order of its folders' names; without it, "
-        "or empty, classes are called as the folders, and 0 to 9 zero to nine",
+        "or empty, classes are called as prompts call them: by classes.json, or as the folders",
     )
     parser.add_argument("--hold-out-classes", nargs="+", default=[], metavar="NAME")
     given = parser.parse_args(arguments)
