@@ -1,4 +1,4 @@
-"""`connectivity`, `shapley`, `prune` and `low-norm`: analyses of finished runs."""
+"""`connectivity`, `shapley`, `prune`, `low-norm` and `paired`: analyses of finished runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ from rich.table import Table
 
 from common.errors import ConfigError
 from server.commands.console import (
+    Out,
     console,
     counting,
     groups_of,
@@ -15,7 +16,7 @@ from server.commands.console import (
     print_table,
     rewrite_report,
 )
-from server.folders import write_json
+from server.folders import REPORT, appearing_whole, refuse_existing, write_json
 
 
 def connectivity(
@@ -196,3 +197,36 @@ def low_norm(
         soft_wrap=True,
     )
     rewrite_report(runs[0])
+
+
+def paired(
+    folders: Annotated[list[Path], typer.Argument(help="The folders of finished comparisons.")],
+    asked: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pair",
+            metavar='"FIRST > SECOND"',
+            help="Two labels, each in every comparison: is the first better? May be repeated.",
+        ),
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Ask over several comparisons whether one subject is better than another: signed-rank tests.
+
+    A pair is one seed of one comparison. p values are corrected for all the questions of the
+    command. Writes paired.json and report.html into a new folder.
+
+    Example: fedcopra paired runs/A runs/B --pair "projection > projection, norms alone"
+    """
+    target = out or Path("runs") / "paired"
+    refuse_existing(target)  # before anything heavy is imported
+    from server.analysis.paired_tests import accuracies_of, parse_questions, signed_ranks
+    from server.reporting.paired_page import COLUMNS, answer_rows, write_paired_page
+
+    questions = parse_questions(asked or [])
+    found = signed_ranks(accuracies_of(folders), questions)
+    with appearing_whole(target) as unfinished:
+        write_json(unfinished / "paired.json", found)
+        write_paired_page(unfinished / REPORT, found)
+    print_table(COLUMNS, answer_rows(found))
+    console.print(f"all numbers and the method: {target / REPORT}", soft_wrap=True)

@@ -166,3 +166,50 @@ def transfer(
         console.print(said, soft_wrap=True)
     print_summary(records)
     console.print(f"record and report: {target / REPORT}", soft_wrap=True)
+
+
+def selectors(
+    folder: Annotated[Path, typer.Argument(help="The folder of a prompt bank.")],
+    comparisons: Annotated[
+        list[Path],
+        typer.Argument(help="Finished comparisons in which every prompt of it was transferred."),
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="Whose transfers count: frozen, projection, attention.",
+            show_default="the only kind there is",
+        ),
+    ] = "",
+    out: Out = None,
+) -> None:
+    """Say how well gap, prior, rows, norms and short probes would have chosen a source.
+
+    The test rows of the comparisons say which source was best; every selector ranks them by what
+    a client has beforehand. Only the probes train. Writes selectors.json and report.html into a
+    new folder.
+
+    Example: fedcopra selectors bank/ runs/every-source --out runs/selectors
+    """
+    target = out or Path("runs") / f"{folder.name}-selectors"
+    refuse_existing(target)  # before anything heavy is imported
+    from common.prompt_bank import load_bank
+    from server.analysis.selectors import judge_selectors, tried_sources
+    from server.reporting.selector_page import (
+        COLUMNS,
+        remarks,
+        selector_rows,
+        write_selector_page,
+    )
+
+    bank = load_bank(folder)
+    tried = [tried_sources(comparison, bank, kind) for comparison in comparisons]
+    with kept(target), continued(target) as unfinished:
+        found = judge_selectors(bank, tried, lambda runs: simulate_all(runs, unfinished))
+        write_json(unfinished / "selectors.json", found)
+        title = f"Ways to choose a prompt of {folder.name}"
+        write_selector_page(unfinished / REPORT, title, found)
+    print_table(COLUMNS, selector_rows(found["overall"]))
+    for remark in remarks(found):
+        console.print(remark, soft_wrap=True)
+    console.print(f"all numbers and the method: {target / REPORT}", soft_wrap=True)
