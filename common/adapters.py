@@ -186,12 +186,13 @@ class AdaptedBackbone:
 
     def _head(self, task: LabelledTask) -> dict[str, nn.Parameter]:
         model = self.backbone.classifier(len(task.labels))
-        inside = str(model.base_model_prefix) + "."
-        return {
-            head_prefix(task.name) + name: parameter
-            for name, parameter in model.named_parameters()
-            if not name.startswith(inside)
-        }
+        prefix = head_prefix(task.name)
+        head = {prefix + name: own for name, own in model.named_parameters(recurse=False)}
+        # Around the encoder, not through it: every load and every state ask for this.
+        for child, module in model.named_children():
+            if child != model.base_model_prefix:
+                head |= dict(module.named_parameters(prefix=prefix + child))
+        return head
 
     def _check_rank(self, rank: int) -> None:
         for module, (out_features, in_features) in self._targets.items():
