@@ -1,6 +1,7 @@
 """The process's environment: what is set before Flower and Ray are imported, what a record says."""
 
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -27,6 +28,9 @@ def prepare_environment() -> None:
     """Set what Flower, Ray and the numeric libraries read when imported; the user's own stays."""
     for name, value in _PRESET.items():
         os.environ.setdefault(name, value)
+    # PEFT imports it wherever it is installed, and on some processors it then warns of a kernel
+    # that nothing here asks for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def describe_environment(device: str) -> dict[str, Any]:
