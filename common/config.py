@@ -6,7 +6,6 @@ model or a data set is refused here or in `strategies.resolve`, naming key, valu
 
 import datetime
 import json
-import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -710,13 +709,27 @@ def split_alternatives(assignments: Iterable[str]) -> dict[str, list[Any]]:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {assignment}: write key=value, or key=value,value")
-        parts = _OUTER_COMMA.split(text)
+        parts = _split_outside(text)
         given.setdefault(key.strip(), []).extend(parse_value(part.strip()) for part in parts)
     return given
 
 
-# A comma that no bracket or double quote encloses (experiment values nest no deeper than a list).
-_OUTER_COMMA = re.compile(r""",(?=(?:[^"]*"[^"]*")*[^"]*$)(?![^\[]*\])""")
+def _split_outside(text: str) -> list[str]:
+    """Split at commas that no bracket, brace or double quote encloses."""
+    parts, begin, depth, quoted = list[str](), 0, 0, False
+    for at, sign in enumerate(text):
+        if sign == '"':
+            quoted = not quoted
+        elif quoted:
+            continue
+        elif sign in "[{":
+            depth += 1
+        elif sign in "]}":
+            depth -= 1
+        elif sign == "," and depth == 0:
+            parts.append(text[begin:at])
+            begin = at + 1
+    return [*parts, text[begin:]]
 
 
 def parse_value(text: str) -> Any:

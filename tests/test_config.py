@@ -434,6 +434,10 @@ def test_assignments_need_an_equals_sign_and_a_key() -> None:
         ("adapter.rank=4", [4]),
         ('task.path="a,b",c', ["a,b", "c"]),
         ("strategy.name=fedavg, flexlora", ["fedavg", "flexlora"]),
+        (
+            'task.shifts=[{path="x",class_names=["a","b"]},{path="y"}],[]',
+            [[{"path": "x", "class_names": ["a", "b"]}, {"path": "y"}], []],
+        ),
     ],
 )
 def test_alternatives_are_split_at_outer_commas(text: str, values: list[Any]) -> None:
