@@ -92,6 +92,8 @@ def suspected(trial: Bowl, proposal: Proposal) -> dict[int, float]:
 
 
 HARMED = bowl([1.0, 0.1], [1.0, -0.1], [0.9, 0.0], [-2.0, 0.0])
+# Three that harm; along one line they would be suspects alike, but for rounding.
+MANY = bowl(*([1.0, 0.1 * k] for k in range(-3, 4)), [-2.0, 0.0], [-1.0, 0.2], [-0.5, 0.4])
 
 
 def test_the_first_order_gain_of_leaving_out_is_that_of_small_weights() -> None:
@@ -119,15 +121,13 @@ def test_screening_asks_for_the_losses_of_suspects_only_and_decides_the_same() -
 
 
 def test_screening_tries_the_two_worst_suspects_and_then_the_two_worst_that_are_left() -> None:
-    many = bowl(*([1.0, 0.1 * k] for k in range(-3, 4)), [-2.0, 0.0], [-1.0, 0.0], [-0.5, 0.0])
-    assert set(suspected(many, even(10))) == {7, 8, 9}
-    found = veto(many, even(10), 2.0, screened=True)
+    assert set(suspected(MANY, even(10))) == {7, 8, 9}
+    found = veto(MANY, even(10), 2.0, screened=True)
     assert set(found.notes["leave_one_out_z"]) == {"70", "80"}
     assert set(found.notes["proposed"]) == {70, 80, 90}  # the last was not tried at first
 
 
 def test_screening_takes_one_backward_pass_and_no_evaluation_twice() -> None:
-    many = bowl(*([1.0, 0.1 * k] for k in range(-3, 4)), [-2.0, 0.0], [-1.0, 0.0], [-0.5, 0.0])
     asked: list[object] = []
 
     class Watched(Bowl):
@@ -139,7 +139,7 @@ def test_screening_takes_one_backward_pass_and_no_evaluation_twice() -> None:
             asked.append("slopes")
             return super().slopes(proposal, rows)
 
-    found = veto(Watched(many.increments, many.target), even(10), 2.0, screened=True)
+    found = veto(Watched(MANY.increments, MANY.target), even(10), 2.0, screened=True)
     assert len(found.notes["proposed"]) == 3
     assert asked.count("slopes") == 1
     assert len(asked) == len(set(asked))
