@@ -24,6 +24,7 @@ from bench.copra import empty_task
 from clients.prompt_norms import norm_penalty
 from clients.training import LocalRun, train_locally
 from common.backbones import Preprocessor
+from common.base_fingerprint import base_fingerprint
 from common.config import Copra, Nemesis, Prompt, Train
 from common.features import Features
 from common.modality_gap import modality_gaps
@@ -133,7 +134,7 @@ def _random_clip() -> Clip:
         torch.manual_seed(0)
         towers = CLIPModel(config).eval().requires_grad_(False)
     preprocessor = Preprocessor("image", "random", None, 0, config)
-    return Clip(preprocessor, _letters, towers, torch.device("cpu"))
+    return Clip(preprocessor, _letters, towers, torch.device("cpu"), base_fingerprint(towers))
 
 
 class _Letters:
