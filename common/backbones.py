@@ -299,7 +299,9 @@ def load_base_model(
         )
     if not grid:
         return model.to(device)
-    _keep_as_loaded(model, device)
+    if device.type == "cpu":
+        _refuse_broken_blocks(model)
+    _keep_as_loaded(model)
     return model
 
 
@@ -341,25 +343,28 @@ def _quantisation(name: str, kind: Kind, model_config: Any, device: torch.device
 _BLOCK_OF_4_BIT = 64
 
 
-def _keep_as_loaded(model: nn.Module, device: torch.device) -> None:
-    """Stop bitsandbytes from rewriting what was loaded while it computes.
-
-    Raises:
-        ConfigError: on some processors it would unpack the weights wrongly, without a word.
-    """
+def _refuse_broken_blocks(model: nn.Module) -> None:
+    """Refuse rows that bitsandbytes, on some processors, would unpack wrongly without a word."""
     import bitsandbytes
 
     for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.in_features % _BLOCK_OF_4_BIT:
+            raise ConfigError(
+                f"backbone.quantised = 'nf4': {name} has rows of {module.in_features} numbers, "
+                f"which a CPU unpacks wrongly where they are no multiple of {_BLOCK_OF_4_BIT}; "
+                "choose 'int8' or 'none', or a GPU"
+            )
+
+
+def _keep_as_loaded(model: nn.Module) -> None:
+    """Stop bitsandbytes from rewriting what was loaded while it computes."""
+    import bitsandbytes
+
+    for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
             # It would round its bias, for good, to the dtype of what comes in.
             module.register_forward_pre_hook(_in_float32)
         elif isinstance(module, bitsandbytes.nn.Linear4bit):
-            if device.type == "cpu" and module.in_features % _BLOCK_OF_4_BIT:
-                raise ConfigError(
-                    f"backbone.quantised = 'nf4': {name} has rows of {module.in_features} numbers, "
-                    f"which a CPU unpacks wrongly where they are no multiple of {_BLOCK_OF_4_BIT}; "
-                    "choose 'int8' or 'none', or a GPU"
-                )
             # On some processors it would repack its weights, and compute in bfloat16.
             module.support_avx512bf16_for_cpu = False
 
