@@ -69,7 +69,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
     for texts in ([], ["a b"], ["> b"]):
         with pytest.raises(ConfigError, match="FIRST > SECOND"):
             parse_questions(texts)
-    with pytest.raises(ConfigError, match="task0 has no subject 'x'; choose from a, b"):
+    with pytest.raises(ConfigError, match="task0 has no subject 'x'; choose from a; b"):
         signed_ranks(of([1], [0]), [Question("x", "b")])
     with pytest.raises(ConfigError, match="no seed"):
         signed_ranks({"t": {"a": {0: 1.0}, "b": {1: 1.0}}}, [Question("a", "b")])

@@ -113,7 +113,7 @@ def _differences(
 ) -> dict[int, float]:
     for label in (question.first, question.second):
         if label not in of:
-            raise ConfigError(f"{name} has no subject {label!r}; choose from {', '.join(of)}")
+            raise ConfigError(f"{name} has no subject {label!r}; choose from {'; '.join(of)}")
     first, second = of[question.first], of[question.second]
     if not (seeds := sorted(first.keys() & second.keys())):
         raise ConfigError(
